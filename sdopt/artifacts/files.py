@@ -1,0 +1,94 @@
+"""Files that are never half written, and paths that never leave their folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from sdopt.errors import ArtifactError, MissingHardware, UnsafeInputError
+
+_CHUNK_BYTES = 4 << 20
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def resolve_inside(folder: Path, relative: str) -> Path:
+    """`folder / relative`, refused unless it is a plain relative POSIX path to a place inside `folder`.
+
+    Links are refused too, at every level: a manifest must not make sdopt read or write elsewhere.
+    """
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative or "\0" in relative:
+        raise UnsafeInputError(f"the path {relative!r} is not a relative path inside {folder}")
+    path = folder
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise UnsafeInputError(f"{path} is a symbolic link", hint="replace it with the file that it points to")
+    return path
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+    with disk_errors(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that says which file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MissingHardware(f"the disk is full while writing {path}", hint="free some space, then run the same command again: what is done is kept") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ArtifactError(f"no permission to write {path}", hint="choose another folder with -o") from error
+        raise
+
+
+def require_free_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise `MissingHardware` before the work, rather than after an hour of it."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise MissingHardware(
+            f"{needed_bytes / 1e9:.1f} GB are needed in {folder}, and {free_bytes / 1e9:.1f} GB are free",
+            hint="free some space or choose another folder with -o",
+        )

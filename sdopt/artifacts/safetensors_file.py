@@ -1,0 +1,162 @@
+"""safetensors files as byte ranges: read strictly, written as a stream, never loaded whole.
+
+The format is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes:
+https://huggingface.co/docs/safetensors. sdopt writes one canonical layout, so that two checkpoints of one architecture
+get the same offsets, and one ONNX graph fits both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdopt.errors import CheckpointError, UnsafeInputError
+from sdopt.model.precision import DType
+
+# The format's own limit; a header of a real checkpoint has some 100 KB.
+_HEADER_LIMIT_BYTES = 100_000_000
+_ALIGNMENT_BYTES = 4096
+
+_DTYPES = {
+    "F64": DType.FP64, "F32": DType.FP32, "F16": DType.FP16, "BF16": DType.BF16, "I64": DType.INT64, "I32": DType.INT32,
+    "I16": DType.INT16, "I8": DType.INT8, "U8": DType.UINT8, "BOOL": DType.BOOL,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor as a byte range of a file. `offset_bytes` counts from the start of the file.
+
+    With `transposed`, the file holds the transpose of a matrix of `shape` (OpenCLIP's text projection).
+    """
+
+    file: Path
+    dtype: DType
+    shape: tuple[int, ...]
+    offset_bytes: int
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize_bytes
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """The header of a file: its tensors by name, and its free-form metadata."""
+
+    tensors: Mapping[str, TensorRef]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read and check a header; the tensors' bytes are not touched.
+
+    Raises `CheckpointError` for a file that is missing, truncated or no safetensors file, and `UnsafeInputError` for
+    one whose header contradicts itself: duplicate keys, ranges that overlap, leave holes or pass the end.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} is no safetensors file: it has {len(prefix)} bytes")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
+                raise CheckpointError(f"{path} is no safetensors file, or it is truncated: its header should have {header_bytes} bytes", hint="download it again")
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    header = _parse_header(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise UnsafeInputError(f"{path}: the metadata is no table of strings")
+    start = 8 + header_bytes
+    tensors = {name: _parse_entry(path, name, entry, start) for name, entry in header.items()}
+    _check_ranges(path, tensors, start, size_bytes)
+    return SafetensorsFile(tensors, {str(k): str(v) for k, v in metadata.items()})
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise UnsafeInputError(f"{path}: the key {twice!r} is there twice")
+        return table
+
+    try:
+        header = json.loads(raw, object_pairs_hook=refuse_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no table")
+    return header
+
+
+def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise UnsafeInputError(f"{path}: the entry of tensor {name!r} is malformed")
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use")
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0 for axis in shape):
+        raise UnsafeInputError(f"{path}: tensor {name!r} has the shape {shape}")
+    ref = TensorRef(path, _DTYPES[dtype], tuple(shape), start + begin)
+    if begin < 0 or end - begin != ref.nbytes:
+        raise UnsafeInputError(f"{path}: tensor {name!r} of shape {shape} should have {ref.nbytes} bytes, not {end - begin}")
+    return ref
+
+
+def _check_ranges(path: Path, tensors: Mapping[str, TensorRef], start: int, size_bytes: int) -> None:
+    position = start
+    for name, ref in sorted(tensors.items(), key=lambda item: (item[1].offset_bytes, item[1].nbytes)):
+        if ref.offset_bytes < position:
+            raise UnsafeInputError(f"{path}: tensor {name!r} overlaps the one before it")
+        if ref.offset_bytes > position:
+            raise UnsafeInputError(f"{path}: {ref.offset_bytes - position} unnamed bytes lie before tensor {name!r}")
+        position += ref.nbytes
+    if position > size_bytes:
+        raise CheckpointError(f"{path} is truncated: {position} bytes are named and {size_bytes} are there", hint="download it again")
+    if position < size_bytes:
+        raise UnsafeInputError(f"{path}: {size_bytes - position} unnamed bytes lie after the last tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A canonical file before it is written: the header's bytes and where each tensor will lie."""
+
+    header: bytes
+    tensors: Mapping[str, TensorRef]
+    size_bytes: int
+
+
+def plan_layout(path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> Layout:
+    """The canonical layout for these names, types and shapes: widest type first, then by name, data on a page.
+
+    It depends on nothing else, so a graph that names its byte ranges fits every checkpoint of the architecture.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize_bytes, tensors[name][0].value, name))
+    # transformers refuses a file that does not say in which framework's layout its tensors are.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = position + math.prod(shape) * dtype.itemsize_bytes
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name], position = position, end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT_BYTES)
+    start = 8 + len(raw)
+    refs = {name: TensorRef(path, *tensors[name], start + offsets[name]) for name in order}
+    return Layout(struct.pack("<Q", len(raw)) + raw, refs, start + position)

@@ -1,0 +1,1 @@
+"""ONNX -> engine -> numbers: one small protocol, one leaf module for each runtime."""

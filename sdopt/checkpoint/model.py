@@ -1,0 +1,44 @@
+"""What every reader of checkpoints returns: a model as configs, byte ranges and small folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdopt.artifacts.manifest import SourceRecord
+from sdopt.artifacts.safetensors_file import TensorRef
+from sdopt.model.component import ComponentName, Config
+from sdopt.model.family import Family, Prediction
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """One network: its diffusers or transformers config, and its tensors by diffusers' or transformers' names.
+
+    The VAE's two halves share a config; the decoder has `decoder.*` and `post_quant_conv.*`, the encoder `encoder.*` and
+    `quant_conv.*`.
+    """
+
+    name: ComponentName
+    config: Config
+    tensors: Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A readable model. `prediction` is None where neither tensors nor metadata say what the UNet predicts.
+
+    `tokenizers` maps the folder's name in a pipeline (`tokenizer`, `tokenizer_2`) to a folder with its files;
+    `pipeline_options` are the entries of diffusers' `model_index.json` that are no components.
+    """
+
+    source: SourceRecord
+    family: Family
+    prediction: Prediction | None
+    inpainting: bool
+    components: Mapping[ComponentName, ComponentSource]
+    scheduler: Config
+    tokenizers: Mapping[str, Path]
+    pipeline_options: Mapping[str, Any] = field(default_factory=dict)

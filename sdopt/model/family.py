@@ -1,0 +1,30 @@
+"""The families of Stable Diffusion models that sdopt knows, and what sets them apart."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Family(StrEnum):
+    """A family shares an architecture up to sizes: the same components, inputs and pipeline."""
+
+    SD1 = "sd1"
+    SD2 = "sd2"
+    SDXL = "sdxl"
+    SDXL_REFINER = "sdxl-refiner"
+
+    @property
+    def is_xl(self) -> bool:
+        return self in (Family.SDXL, Family.SDXL_REFINER)
+
+    @property
+    def native_size_px(self) -> int:
+        """Side of the square picture that published models of the family were trained on."""
+        return {Family.SD1: 512, Family.SD2: 768, Family.SDXL: 1024, Family.SDXL_REFINER: 1024}[self]
+
+
+class Prediction(StrEnum):
+    """What the UNet predicts; the values are diffusers' `prediction_type`."""
+
+    EPSILON = "epsilon"
+    V_PREDICTION = "v_prediction"

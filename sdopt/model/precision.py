@@ -1,0 +1,51 @@
+"""Number formats: what a tensor is stored in (`DType`) and what an engine computes in (`Precision`)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """Element type of a tensor. The value is the name that manifests and reports show."""
+
+    FP64 = "fp64"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT64 = "int64"
+    INT32 = "int32"
+    INT16 = "int16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    BOOL = "bool"
+
+    @property
+    def itemsize_bytes(self) -> int:
+        return _ITEMSIZE_BYTES[self]
+
+    @property
+    def is_float(self) -> bool:
+        return self in (DType.FP64, DType.FP32, DType.FP16, DType.BF16)
+
+
+_ITEMSIZE_BYTES = {
+    DType.FP64: 8, DType.INT64: 8, DType.FP32: 4, DType.INT32: 4, DType.FP16: 2, DType.BF16: 2, DType.INT16: 2,
+    DType.INT8: 1, DType.UINT8: 1, DType.BOOL: 1,
+}  # fmt: skip
+
+
+class Precision(StrEnum):
+    """What an engine computes in. `AUTO` is resolved by the planner from the target and the machine."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def graph_dtype(self) -> DType:
+        """Float type of the ONNX graph's activations.
+
+        bf16 runs on an fp32 graph with a hint to the runtime: no CPU runtime takes a graph typed bf16.
+        """
+        return DType.FP16 if self is Precision.FP16 else DType.FP32

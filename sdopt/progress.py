@@ -1,0 +1,65 @@
+"""How far long work is. Anything may call `update`; who shows it, and how, is decided once, by the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+Sink = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+_LINE_EVERY_S = 10.0
+
+
+def _silent(text: str, share: float) -> None:
+    del text, share
+
+
+_sink: Sink = _silent
+
+
+def update(text: str, share: float) -> None:
+    """Tell how far the work named `text` is: `share` of 0 to 1. Cheap; call it as often as is natural."""
+    _sink(text, min(1.0, max(0.0, share)))
+
+
+@contextlib.contextmanager
+def shown_by(sink: Sink) -> Iterator[None]:
+    global _sink
+    before, _sink = _sink, sink
+    try:
+        yield
+    finally:
+        _sink = before
+
+
+@contextlib.contextmanager
+def shown_on_stderr() -> Iterator[None]:
+    """A bar on a terminal; elsewhere a line when the work changes and one every ten seconds."""
+    if not sys.stderr.isatty():
+        with shown_by(_lines()):
+            yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        with shown_by(lambda text, share: bar.update(task, description=text, completed=share)):
+            yield
+
+
+def _lines() -> Sink:
+    shown_text, shown_at = "", 0.0
+
+    def show(text: str, share: float) -> None:
+        nonlocal shown_text, shown_at
+        now = time.monotonic()
+        if text != shown_text or now - shown_at >= _LINE_EVERY_S:
+            print(f"{text} … {share:.0%}" if share else f"{text} …", file=sys.stderr, flush=True)
+            shown_text, shown_at = text, now
+
+    return show
