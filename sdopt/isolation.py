@@ -165,9 +165,15 @@ def _call(target: str, arguments: JsonTable, channel: IO[str]) -> JsonTable:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process. (ru_maxrss counts KiB on Linux, bytes on macOS.)"""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Peak resident memory of this process.
+
+    On Linux from VmHWM: ru_maxrss also counts what the parent held when it started this process.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _send(channel: IO[str], message: JsonTable) -> None:
