@@ -31,6 +31,8 @@ _STDERR_SHOWN_CHARS = 4000
 
 JsonTable = dict[str, Any]
 
+_live: set[subprocess.Popen[str]] = set()
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,9 +63,11 @@ def run_isolated(
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
+        _live.add(child)
         try:
             message = _converse(child, arguments, None if timeout_s is None else time.monotonic() + timeout_s, target)
         finally:
+            _live.discard(child)
             _end(child)
         if message is None:
             stderr.seek(0)
@@ -71,6 +75,12 @@ def run_isolated(
     if "error" in message:
         raise _rebuild_error(target, message)
     return Outcome(message["value"], message["peak_rss_bytes"], time.monotonic_ns() - start_ns)
+
+
+def kill_children() -> None:
+    """End every child that runs now; the threads that wait for one get an error. For a parent that gives up."""
+    for child in list(_live):
+        child.kill()
 
 
 def _converse(child: subprocess.Popen[str], arguments: JsonTable, deadline: float | None, target: str) -> JsonTable | None:

@@ -35,7 +35,7 @@ class FileRecord(_Record):
 
 
 class SourceRecord(_Record):
-    """Where the weights came from. `digest` is over every component's tensors, whatever file held them."""
+    """Where the weights came from. `digest` is over the weight files of the bundle, whatever files they came from."""
 
     kind: Literal["huggingface", "diffusers", "single-file"]
     location: str
@@ -76,6 +76,8 @@ class ComponentRecord(_Record):
     backend: BackendSettings
     architecture: str
     """Digest of config, shapes, graph type and dialect: the graph is the same where this is the same."""
+    weights_key: str
+    """Digest of the source files' names, sizes and times, and of the storage types: tells whether to copy again."""
     audit: GraphAudit
     parity: ParityRecord | None = None
 

@@ -1,0 +1,85 @@
+"""The content-addressed store: what a stage made, under the digest of everything that decided it.
+
+An entry is a folder that appears by one rename, with `entry.json` naming the digest of each of its files. An entry that
+does not match its digests is thrown away and made again. Two processes that make the same entry both succeed: the
+second finds the first's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdopt.artifacts.files import disk_errors, fsync_folder, hash_file
+
+_ENTRY_NAME = "entry.json"
+
+
+def cache_root() -> Path:
+    """Where sdopt keeps what it can make again: $SDOPT_CACHE, or sdopt in the user's cache folder."""
+    if chosen := os.environ.get("SDOPT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "sdopt"
+
+
+class Store:
+    """Entries by (stage, key); a key is 64 hex digits, the digest of what the entry depends on."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = (root or cache_root()) / "store"
+
+    def find(self, stage: str, key: str) -> Path | None:
+        """The folder of an entry whose every file matches its digest, or None."""
+        folder = self._place(stage, key)
+        try:
+            digests = json.loads((folder / _ENTRY_NAME).read_bytes())
+            intact = all(hash_file(folder / name) == digest for name, digest in digests.items())
+        except (FileNotFoundError, ValueError, AttributeError):
+            intact = False
+        if intact:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def put(self, stage: str, key: str, files: Mapping[str, bytes]) -> Path:
+        """Add an entry and return its folder. Raises `MissingHardware` on a full disk; nothing half-made is seen."""
+        folder = self._place(stage, key)
+        with disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+            try:
+                for name, data in files.items():
+                    _write_synced(temporary / name, data)
+                digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+                _write_synced(temporary / _ENTRY_NAME, json.dumps(digests).encode())
+                fsync_folder(temporary)
+                self._rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            fsync_folder(folder.parent)
+        return folder
+
+    def _rename(self, temporary: Path, folder: Path) -> None:
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another process was faster: same key, same content.
+
+    def _place(self, stage: str, key: str) -> Path:
+        return self._root / stage / key[:2] / key
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

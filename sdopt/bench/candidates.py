@@ -1,0 +1,102 @@
+"""Who is measured: the bundle's engines, and torch on the same weights in several ways."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sdopt.artifacts.manifest import BundleManifest
+from sdopt.errors import UsageError
+from sdopt.fidelity.verdict import least_precision
+from sdopt.model.component import ComponentName
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
+
+ENGINES = "engines"
+
+
+class Baseline(StrEnum):
+    """What engines are measured against; the value is its name on the command line and in reports."""
+
+    EAGER_FP32 = "eager-fp32"
+    EAGER_BF16 = "eager-bf16"
+    COMPILE = "compile"
+
+
+_BASELINES = {
+    Baseline.EAGER_FP32: TorchSettings(),
+    Baseline.EAGER_BF16: TorchSettings(precision=Precision.BF16),
+    Baseline.COMPILE: TorchSettings(compile=True),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`settings` of None are the engines as the manifest names them. `missing` says why it cannot run
+    here.
+    """
+
+    name: str
+    label: str
+    settings: BackendSettings | None
+    missing: str = ""
+
+    def settings_by_component(self, manifest: BundleManifest) -> dict[ComponentName, BackendSettings]:
+        return {name: self.settings or record.backend for name, record in manifest.components.items()}
+
+
+def list_candidates(manifest: BundleManifest, against: tuple[Baseline, ...]) -> tuple[Candidate, ...]:
+    """The engines first, then the baselines in the order asked for."""
+    engines = Candidate(ENGINES, label_engines(manifest), least_precision(manifest), None)
+    return (engines, *(_make_baseline(baseline) for baseline in against))
+
+
+def _make_baseline(baseline: Baseline) -> Candidate:
+    settings = _BASELINES[baseline]
+    label = f"{_label_runtime(settings)} {settings.precision}"
+    return Candidate(baseline.value, label, settings.precision, settings, _find_missing(baseline))
+
+
+def parse_against(text: str) -> tuple[Baseline, ...]:
+    """`'eager-fp32,compile'` as baselines, each once. Empty is none. Raises `UsageError` for an unknown
+    one.
+    """
+    chosen: dict[Baseline, None] = {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word not in list(Baseline):
+            near = difflib.get_close_matches(word, list(Baseline), n=1)
+            known = f"known: {', '.join(Baseline)}"
+            raise UsageError(
+                f"there is no baseline {word!r}", hint=f"did you mean {near[0]!r}? {known}" if near else known
+            )
+        chosen[Baseline(word)] = None
+    return tuple(chosen)
+
+
+def label_engines(manifest: BundleManifest) -> str:
+    """'OpenVINO bf16', or with several kinds 'OpenVINO bf16 + ONNX Runtime fp32', that of the UNet first."""
+    records = sorted(manifest.components.items(), key=lambda item: item[0] is not ComponentName.UNET)
+    names = (f"{_label_runtime(record.backend)} {record.precision}" for _, record in records)
+    return " + ".join(dict.fromkeys(names))
+
+
+def _label_runtime(settings: BackendSettings) -> str:
+    match settings:
+        case OpenVINOSettings():
+            return "OpenVINO"
+        case OnnxRuntimeSettings():
+            return "ONNX Runtime"
+        case TorchSettings():
+            return "torch.compile" if settings.compile else "torch eager"
+
+
+def _find_missing(baseline: Baseline) -> str:
+    if baseline is not Baseline.COMPILE:
+        return ""
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    if any(shutil.which(name) for name in compilers if name):
+        return ""
+    return "torch.compile needs a C++ compiler, and there is none: apt-get install g++"

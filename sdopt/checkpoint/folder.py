@@ -1,0 +1,221 @@
+"""A diffusers folder (`model_index.json`, `unet/`, `vae/` …) -> `Checkpoint`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdopt.artifacts.manifest import MANIFEST_NAME, SourceRecord
+from sdopt.artifacts.safetensors_file import TensorRef
+from sdopt.checkpoint.match import match_component
+from sdopt.checkpoint.model import Checkpoint, ComponentSource
+from sdopt.checkpoint.weights import INDEX_NAME, open_component_weights, read_json
+from sdopt.errors import CheckpointError
+from sdopt.model.component import ComponentName, Config
+from sdopt.model.family import Family, Prediction
+
+_PIPELINES = re.compile(
+    r"^(StableDiffusion|LatentConsistencyModel)(?!3|InstructPix2Pix|Upscale|LatentUpscale|Depth2Img|Cascade)"
+)
+_TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_LICENCE = re.compile(r"^licen[cs]e:\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
+
+
+def open_folder(folder: Path, source: SourceRecord) -> Checkpoint:
+    """Read a pipeline that diffusers saved; `folder` is resolved, `source` says what the user gave.
+
+    Raises `CheckpointError` that says what the folder lacks or what it is instead.
+    """
+    index = _read_index(folder)
+    unet_config = _read_config(folder, "unet", "UNet2DConditionModel")
+    text = _open_text_encoders(folder, index)
+    family = find_family(unet_config, text, folder)
+    components = {**text}
+    components[ComponentName.UNET] = match_component(
+        ComponentName.UNET, unet_config, open_component_weights(folder / "unet"), where=str(folder / "unet")
+    )
+    components.update(open_vae_folder(folder / "vae"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return Checkpoint(
+        source=source.model_copy(update={"licence": source.licence or read_licence(folder)}),
+        family=family,
+        prediction=_read_prediction(scheduler, folder),
+        inpainting=is_inpainting(components, str(folder)),
+        components={name: components[name] for name in ComponentName if name in components},
+        scheduler=scheduler,
+        tokenizers=_find_tokenizers(folder, text),
+        pipeline_options={
+            key: value
+            for key, value in index.items()
+            if not key.startswith("_") and not isinstance(value, list)
+        },
+    )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} is a bundle that sdopt built, no checkpoint",
+            hint="give the checkpoint that it was built from; sdopt inspect names it",
+        )
+    if not (folder / INDEX_NAME).is_file():
+        raise CheckpointError(f"{folder} is no diffusers model: it has no {INDEX_NAME}", hint=_nearby(folder))
+    index = read_json(folder / INDEX_NAME)
+    lacking = [part for part in ("unet", "vae", "scheduler") if not (folder / part).is_dir()]
+    pipeline = str(index.get("_class_name", ""))
+    if not _PIPELINES.match(pipeline) or lacking == ["unet"]:
+        raise CheckpointError(
+            f"{folder} is a {pipeline or 'pipeline without a class name'}, not one of Stable Diffusion 1, 2 or XL",
+            hint="sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner, and their inpainting models",
+        )
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks the folder {' and '.join(lacking)}", hint="download the whole model again"
+        )
+    return index
+
+
+def _nearby(folder: Path) -> str:
+    """What the user may have meant by a folder that is no model."""
+    if (folder / "config.json").is_file():
+        return f"it looks like one component of a model: give the folder above, {folder.absolute().parent}"
+    models = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_NAME}"))
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
+    if models or files:
+        return f"inside it there is {', '.join((models + files)[:5])}: give one of these"
+    return f"a diffusers folder has {INDEX_NAME}, unet/, vae/, text_encoder/, tokenizer/ and scheduler/"
+
+
+def _read_config(folder: Path, part: str, class_name: str) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} lacks {part}/config.json", hint="download the whole model again")
+    config = read_json(path)
+    if config.get("_class_name", class_name) != class_name:
+        raise CheckpointError(f"{path} is of a {config['_class_name']}, and sdopt reads {class_name}")
+    return config
+
+
+def _open_text_encoders(folder: Path, index: Mapping[str, Any]) -> dict[ComponentName, ComponentSource]:
+    found: dict[ComponentName, ComponentSource] = {}
+    for name in (ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2):
+        if not (folder / name).is_dir():
+            continue
+        entry = index.get(name)
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind not in _TEXT_CLASSES:
+            raise CheckpointError(f"{folder}: {name} is a {kind}, and sdopt reads CLIP's text models")
+        path = folder / name / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {name}/config.json", hint="download the whole model again")
+        # The class of the index is what diffusers loads, whatever the config says of its origin.
+        config = {**read_json(path), "architectures": [kind]}
+        found[name] = match_component(
+            name, config, open_component_weights(folder / name), where=str(folder / name)
+        )
+    if not found:
+        raise CheckpointError(f"{folder} has no text encoder", hint="download the whole model again")
+    return found
+
+
+def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], where: object) -> Family:
+    """The family by the UNet's config and by which text encoders there are."""
+    for key in ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"):
+        if unet.get(key) is not None:
+            raise CheckpointError(
+                f"{where}: the UNet has {key}={unet[key]!r}, which no model of the known families has"
+            )
+    match unet.get("addition_embed_type"):
+        case "text_time":
+            first, second = (ComponentName.TEXT_ENCODER in text, ComponentName.TEXT_ENCODER_2 in text)
+            if not second:
+                raise CheckpointError(
+                    f"{where}: a UNet of SDXL needs text_encoder_2", hint="download the whole model again"
+                )
+            return Family.SDXL if first else Family.SDXL_REFINER
+        case None:
+            return Family.SD2 if unet.get("use_linear_projection") else Family.SD1
+        case other:
+            raise CheckpointError(
+                f"{where}: the UNet has addition_embed_type={other!r}, which no model of the known families has"
+            )
+
+
+def is_inpainting(components: Mapping[ComponentName, ComponentSource], where: str) -> bool:
+    """Whether the UNet takes latents, a mask and masked latents. Raises `CheckpointError` for any other extra input."""
+    channels = int(components[ComponentName.UNET].config["in_channels"])
+    latent = int(components[ComponentName.VAE_DECODER].config["latent_channels"])
+    if channels == latent:
+        return False
+    if channels == 2 * latent + 1:
+        return True
+    kinds = {
+        2 * latent: "an InstructPix2Pix model",
+        latent + 1: "a depth-to-image model",
+        latent + 3: "an upscaler",
+    }
+    raise CheckpointError(
+        f"{where}: the UNet takes {channels} channels and the VAE gives {latent}: it is {kinds.get(channels, 'no text-to-image model')}",
+        hint="sdopt reads text-to-image and 9-channel inpainting models",
+    )
+
+
+def open_vae_folder(folder: Path) -> dict[ComponentName, ComponentSource]:
+    """The two halves of the VAE in a diffusers folder."""
+    config = _read_config(folder.parent, folder.name, "AutoencoderKL")
+    return split_vae(config, open_component_weights(folder), where=str(folder))
+
+
+def split_vae(
+    config: Config, tensors: Mapping[str, TensorRef], *, where: str
+) -> dict[ComponentName, ComponentSource]:
+    """A VAE by diffusers' names -> decoder (with `post_quant_conv`) and encoder (with `quant_conv`)."""
+    decoder = {key: ref for key, ref in tensors.items() if key.startswith(("decoder.", "post_quant_conv."))}
+    encoder = {key: ref for key, ref in tensors.items() if key not in decoder}
+    return {
+        ComponentName.VAE_DECODER: match_component(ComponentName.VAE_DECODER, config, decoder, where=where),
+        ComponentName.VAE_ENCODER: match_component(ComponentName.VAE_ENCODER, config, encoder, where=where),
+    }
+
+
+def _read_prediction(scheduler: Config, folder: Path) -> Prediction:
+    said = scheduler.get("prediction_type", "epsilon")
+    if said not in tuple(Prediction):
+        raise CheckpointError(
+            f"{folder}: the scheduler's prediction_type is {said!r}, and sdopt knows epsilon and v_prediction"
+        )
+    return Prediction(said)
+
+
+def _find_tokenizers(folder: Path, text: Mapping[ComponentName, ComponentSource]) -> dict[str, Path]:
+    tokenizers = {}
+    for name in text:
+        part = name.replace("text_encoder", "tokenizer")
+        path = folder / part
+        if not (
+            (path / "tokenizer.json").is_file()
+            or ((path / "vocab.json").is_file() and (path / "merges.txt").is_file())
+        ):
+            raise CheckpointError(
+                f"{folder} lacks {part}/vocab.json and {part}/merges.txt",
+                hint="download the whole model again",
+            )
+        tokenizers[part] = path
+    return tokenizers
+
+
+def read_licence(folder: Path) -> str:
+    """The licence's name in the model card's front matter, or ""."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(64 << 10)
+    if not text.startswith("---"):
+        return ""
+    front = text[3:].partition("\n---")[0]
+    named = re.search(r"^license_name:\s*[\"']?([^\s\"'#]+)", front, re.MULTILINE)
+    found = _LICENCE.search(front)
+    return named[1] if named else (found[1] if found else "")

@@ -1,0 +1,46 @@
+"""What a single file is, from its tensors' names: so that the wrong file gets an answer instead of a stack trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# The first that some name matches is the answer: the particular before the general.
+_KINDS: tuple[tuple[str, str], ...] = (
+    (r"lora_|\.lora\.|\.(hada_w1|lokr_w1|oft_|glora|diff_b?$)|\.dora_scale", "a LoRA (or LyCORIS) adapter"),
+    (r"motion_modules\.|\.time_stack\.|\.temporal_transformer", "a video model or motion module"),
+    (r"^(control_model\.|controlnet_|input_hint_block|.*controlnet_cond_embedding|lllite_)", "a ControlNet"),
+    (r"ip_adapter|^image_proj", "an IP-Adapter"),
+    (r"^(string_to_param|emb_params|clip_[lg]$|\*$)", "a textual inversion embedding"),
+    (r"joint_blocks\.\d+\.|add_q_proj", "a Stable Diffusion 3 or another multimodal transformer"),
+    (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", "a Flux model or another one of its kind"),
+    (r"clip_txt_pooled_mapper|effnet_mapper", "a Stable Cascade model"),
+    (r"(^|\.)noise_augmentor|^embedder\.model\.visual", "an unCLIP model"),
+    (r"(^|\.)blocks\.\d+\.(cross_attn|attn1|adaLN)|adaln_single|caption_projection|cap_embedder", "a diffusion transformer"),
+    (r"^(params_ema|model\.\d+\.weight|body\.\d+\.rdb|RRDB)", "an upscaler"),
+    (r"\.absmax$|\.quant_map$|\.scales$|\.qweight$", "a quantised model"),
+    (r"^(down_blocks|mid_block|up_blocks)\.", "a UNet alone, in diffusers' layout"),
+    (r"^(first_stage_model\.|encoder\.|decoder\.)(down|mid|up|conv_in)", "a VAE alone"),
+    (r"^((text_model|transformer\.resblocks|encoder\.block|cond_stage_model|conditioner|shared)\.)", "a text encoder alone"),
+)  # fmt: skip
+
+
+def name_kind(names: Iterable[str]) -> str:
+    """A few words for a file that is no Stable Diffusion checkpoint, or "" where nothing is recognised."""
+    listed = list(names)
+    for pattern, kind in _KINDS:
+        search = re.compile(pattern).search
+        if any(search(name) for name in listed):
+            return kind
+    return ""
+
+
+def advise(kind: str) -> str:
+    """What to do with a file of that kind."""
+    if kind == "a VAE alone":
+        return "give the model as SOURCE, and this file with --vae"
+    if "adapter" in kind.lower() or "ControlNet" in kind or "embedding" in kind:
+        return "it changes a model and is none: give the model itself as SOURCE"
+    if kind.startswith("a UNet alone") or kind.startswith("a text encoder alone"):
+        return "give the whole model: a diffusers folder, or a file with UNet, VAE and text encoder"
+    return "sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner"

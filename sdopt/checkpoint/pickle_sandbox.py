@@ -1,0 +1,211 @@
+"""`.ckpt`, `.bin` and `.pt` files -> safetensors, read in a child process that can do no harm.
+
+Four walls: torch's `weights_only` unpickler, which calls nothing but tensor constructors; limits of memory and time;
+no network; an audit hook that refuses programs, sockets and every file but the one to write. The parent unpickles
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from sdopt.artifacts.files import disk_errors, fsync_folder, hash_file, require_free_disk
+from sdopt.artifacts.safetensors_file import plan_layout, read_header
+from sdopt.checkpoint.cache import open_cache_folder
+from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
+from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.precision import DType
+
+# Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is read.
+_BASE_LIMIT_BYTES = 12 << 30
+_LIMIT_PER_BYTE = 4
+_BASE_TIMEOUT_S = 180.0
+_SLOWEST_BYTES_PER_S = 10e6
+
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_REFUSED_EVENTS = (
+    "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.startfile", "pty.",
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
+    "os.kill", "os.putenv", "shutil.", "urllib.", "ftplib.", "smtplib.", "webbrowser.",
+)  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+# Trainers left objects of these libraries beside the weights of published checkpoints (Stable Diffusion 1.4 has a
+# callback of pytorch_lightning). They become empty objects: nothing of the libraries is imported or run.
+_INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+_REFUSED_BY_TORCH = (
+    "Unsupported global",
+    "Unsupported class",
+    "Unsupported operand",
+    "not an allowed global",
+    "Trying to",
+)
+
+
+def convert_pickle(path: Path) -> Path:
+    """The same tensors as a safetensors file in the cache, by the pickle's SHA-256; converted once.
+
+    Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError` for one that
+    is truncated or holds no tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", hint="download it again")
+    target = open_cache_folder("pickles") / f"{hash_file(path)}.safetensors"
+    if target.is_file():
+        with contextlib.suppress(SdoptError):
+            read_header(target)
+            return target
+    size_bytes = path.stat().st_size
+    require_free_disk(target.parent, size_bytes)
+    with disk_errors(target):
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".pickle.", suffix=".part")
+        os.close(descriptor)
+    temporary = Path(name)
+    try:
+        run_isolated(
+            "sdopt.checkpoint.pickle_sandbox:convert_in_sandbox",
+            {"source": str(path.resolve()), "shown": str(path), "target": str(temporary)},
+            timeout_s=_BASE_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S,
+            memory_limit_bytes=_BASE_LIMIT_BYTES + _LIMIT_PER_BYTE * size_bytes,
+        )
+        read_header(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(target.parent)
+    return target
+
+
+def convert_in_sandbox(arguments: JsonTable) -> JsonTable:
+    """The child's side: lock the process, read the pickle, write the tensors. Returns how many there were."""
+    leave_network()
+    import torch
+
+    source, target = Path(arguments["source"]), Path(arguments["target"])
+    # A late import would write its .pyc, and the hook would take that for the pickle's doing.
+    sys.dont_write_bytecode = True
+    with target.open("r+b") as file:
+        sys.addaudithook(refuse_event)
+        tensors = _find_tensors(_load(torch, source, arguments["shown"]), torch, arguments["shown"])
+        _write(torch, tensors, file, arguments["shown"])
+    return {"tensors": len(tensors)}
+
+
+def leave_network() -> bool:
+    """Move this process into a network namespace without interfaces. False where the system does not allow it.
+
+    Must come before threads start. Root needs no user namespace, and would lose its right to read others' files in one.
+    """
+    if sys.platform != "linux":
+        return False
+    unshare = ctypes.CDLL(None, use_errno=True).unshare
+    return bool(unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
+
+
+def refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook; it stays for the rest of the process. `open` has (path, mode, flags)."""
+    if event.startswith(_REFUSED_EVENTS) or (event == "open" and int(arguments[2] or 0) & _WRITING):
+        raise UnsafeInputError(
+            f"the pickle made torch do {event}, which was refused", hint="do not use this file"
+        )
+
+
+def _load(torch: Any, source: Path, shown: str) -> Any:
+    import pickle
+
+    class Inert:
+        """Stands for an object of a trainer; takes any arguments and any state, and does nothing."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __setstate__(self, _: object) -> None:
+            pass
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+    except Exception:  # it reads only zip archives; the loader below says what is wrong with others
+        names = []
+    inert = [(Inert, name) for name in names if name.startswith(_INERT_MODULES)]
+    try:
+        with torch.serialization.safe_globals(inert):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
+    except pickle.UnpicklingError as error:
+        if any(sign in str(error) for sign in _REFUSED_BY_TORCH):
+            raise UnsafeInputError(
+                f"{shown} wants more than tensors: {_first_reason(str(error))}; nothing of it was run",
+                hint="look for the same model as .safetensors; do not load this file with other programs",
+            ) from error
+        raise CheckpointError(
+            f"{shown} is damaged: {_first_reason(str(error))}", hint="download it again"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:
+        raise CheckpointError(
+            f"{shown} is truncated or no checkpoint: {_first_reason(str(error))}", hint="download it again"
+        ) from error
+
+
+def _is_zip(source: Path) -> bool:
+    with source.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_reason(text: str) -> str:
+    """torch explains at length how to switch its safety off: keep only what was wrong."""
+    for line in text.replace(". ", "\n").splitlines():
+        if any(sign in line for sign in _REFUSED_BY_TORCH):
+            return line.strip()[:200]
+    return text.strip().partition("\n")[0][:200]
+
+
+def _find_tensors(loaded: Any, torch: Any, shown: str) -> dict[str, Any]:
+    table = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    tensors = {
+        name: value
+        for name, value in (table.items() if isinstance(table, dict) else ())
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
+    if not tensors:
+        raise CheckpointError(
+            f"{shown} holds no tensors by name", hint="sdopt reads checkpoints with a state_dict"
+        )
+    return tensors
+
+
+def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> None:
+    """Write one tensor after the other: memory holds one, whatever the file's size."""
+    known = {
+        torch.float64: DType.FP64, torch.float32: DType.FP32, torch.float16: DType.FP16, torch.bfloat16: DType.BF16,
+        torch.int64: DType.INT64, torch.int32: DType.INT32, torch.int16: DType.INT16, torch.int8: DType.INT8,
+        torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
+    }  # fmt: skip
+    odd = next(
+        (name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None
+    )
+    if odd is not None:
+        raise CheckpointError(
+            f"{shown}: tensor {odd!r} has the type {tensors[odd].dtype}, {tensors[odd].layout}"
+        )
+    layout = plan_layout(Path(), {name: (known[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
+    file.write(layout.header)
+    for name in sorted(layout.tensors, key=lambda name: layout.tensors[name].offset_bytes):
+        flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        file.write(memoryview(flat.numpy()))
+    file.truncate()
+    file.flush()
+    os.fsync(file.fileno())

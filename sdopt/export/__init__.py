@@ -1,0 +1,1 @@
+"""Component -> ONNX: tracing without weights, the weight file that graphs name, and parity with torch."""

@@ -1,0 +1,57 @@
+"""Point a traced graph's weights at the byte ranges of its weight file.
+
+Where a weight is kept in 16 bits and the graph computes in fp32, a `Cast` follows it: exact, and every runtime folds it
+when it loads the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sdopt.artifacts.safetensors_file import plan_layout
+from sdopt.errors import ExportError
+from sdopt.model.precision import DType
+
+WEIGHTS_NAME = "weights.safetensors"
+
+_IR_DTYPES = {
+    DType.FP32: ir.DataType.FLOAT, DType.FP16: ir.DataType.FLOAT16, DType.BF16: ir.DataType.BFLOAT16,
+    DType.INT64: ir.DataType.INT64,
+}  # fmt: skip
+
+
+def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, ...]]], graph_dtype: DType) -> None:
+    """Make every initializer without data external, in place. `layout` is the weight file's content.
+
+    Raises `ExportError` where the graph names a weight that is not there, or one of another shape.
+    """
+    graph = model.graph
+    places = plan_layout(Path(WEIGHTS_NAME), layout).tensors
+    casts: list[ir.Node] = []
+    for name, value in list(graph.initializers.items()):
+        if value.const_value is not None:
+            continue
+        ref = places.get(name)
+        if ref is None or value.shape is None or tuple(value.shape.numpy()) != ref.shape:
+            raise ExportError(f"the graph names the weight {name!r} of shape {value.shape}, which the weight file has not")
+        # base_dir is left empty: nothing is read here, and the graph is kept apart from its weights.
+        tensor = ir.ExternalTensor(WEIGHTS_NAME, ref.offset_bytes, ref.nbytes, _IR_DTYPES[ref.dtype], shape=ir.Shape(ref.shape), name=name)
+        if ref.dtype.is_float and ref.dtype is not graph_dtype:
+            casts.append(_cast_up(graph, value, tensor, graph_dtype))
+        value.const_value = tensor
+        value.dtype = tensor.dtype
+    for node in casts:
+        graph.insert_before(graph[0], node)
+
+
+def _cast_up(graph: ir.Graph, value: ir.Value, tensor: ir.ExternalTensor, graph_dtype: DType) -> ir.Node:
+    uses = list(value.uses())
+    node = ir.node("Cast", [value], {"to": _IR_DTYPES[graph_dtype]}, name=f"cast_{value.name}")
+    output = node.outputs[0]
+    output.name, output.shape, output.dtype = f"{value.name}.{graph_dtype}", tensor.shape, _IR_DTYPES[graph_dtype]
+    for user, index in uses:
+        user.replace_input_with(index, output)
+    return node

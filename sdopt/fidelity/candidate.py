@@ -1,0 +1,60 @@
+"""A candidate: a bundle opened with the engines that its manifest names, or with torch on the same weights.
+
+Both are assembled into the same pipeline, so scheduler, tokenizer and latents are shared, and only the
+networks differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from sdopt.artifacts.manifest import BundleManifest
+from sdopt.backends.protocol import Session
+from sdopt.model.recipe import BackendSettings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_SETTINGS: TypeAdapter[BackendSettings] = TypeAdapter(BackendSettings)
+
+
+def dump_settings(settings: BackendSettings | None) -> dict[str, Any] | None:
+    return None if settings is None else settings.model_dump(mode="json")
+
+
+def parse_settings(values: dict[str, Any] | None) -> BackendSettings | None:
+    return None if values is None else _SETTINGS.validate_python(values)
+
+
+def _same(session: Session) -> Session:
+    return session
+
+
+@contextlib.contextmanager
+def open_candidate(
+    folder: Path,
+    manifest: BundleManifest,
+    settings: BackendSettings | None,
+    wrap: Callable[[Session], Session] = _same,
+) -> Iterator[DiffusionPipeline]:
+    """Open every component with `settings`, or each with its own where it is None, and assemble the pipeline.
+
+    `wrap` is called on each session before the pipeline sees it. Raises what the backends raise.
+    """
+    from sdopt.backends.open import open_session
+    from sdopt.pipeline.assemble import assemble_pipeline
+    from sdopt.pipeline.load import component_files
+
+    with contextlib.ExitStack() as opened:
+        sessions = {}
+        for name, record in manifest.components.items():
+            files = component_files(folder, manifest, name)
+            sessions[name] = wrap(opened.enter_context(open_session(files, settings or record.backend)))
+        pipeline = assemble_pipeline(folder, manifest, sessions)
+        pipeline.set_progress_bar_config(disable=True)
+        yield pipeline

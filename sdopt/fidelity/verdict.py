@@ -1,0 +1,254 @@
+"""The fidelity verdict: do the engines draw what torch draws?
+
+The same prompts, seeds and initial latents go through torch fp32 and through the engines, each in a fresh
+process, and a third time through torch fp32 with another attention kernel: the noise floor, what rounding
+alone does to the pictures.
+
+**Limits.** Each picture has to reach a PSNR and an SSIM. They depend on the least precise engine, and on the
+checkpoint:
+
+* `LIMITS` holds one pair for each precision. fp32 against fp32 differs by the order of sums only. fp16 rounds
+  2^13 and bf16 2^16 times as coarsely, in every layer of every step, and both change details of a picture
+  before they change what is in it.
+* Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to
+  itself: the limit is never above the noise floor with twice its root-mean-square error (6 dB).
+* bf16 that misses its limit gets a second hearing: torch draws the scene in bf16, too, and the engines pass
+  where their error is at most 1.4 times torch's own (3 dB), unless the pictures have nothing in common
+  (`_FLOOR_OF_BF16`).
+
+A NaN, black or flat picture fails, unless torch draws it black or flat as well: then it is the checkpoint or
+the prompt, not the engines, and the reason says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdopt import progress
+from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
+from sdopt.fidelity.draw import Drawing, draw_isolated
+from sdopt.fidelity.metrics import (
+    FloatArray,
+    PictureFault,
+    compute_least_cosine,
+    compute_ms_ssim,
+    compute_psnr,
+    compute_ssim,
+    find_fault,
+    to_picture,
+)
+from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import TorchSettings
+
+REFERENCE = TorchSettings()
+NOISE_FLOOR = TorchSettings(attention="math")
+_TORCH_BF16 = TorchSettings(precision=Precision.BF16)
+
+_FLOOR_MARGIN_DB = 6.0
+_BF16_MARGIN_DB = 3.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Least PSNR in dB and least SSIM that a picture of the engines must reach."""
+
+    psnr_db: float
+    ssim: float
+
+    def below(self, psnr_db: float | None, ssim: float, margin_db: float) -> Limit:
+        """This limit, or what is `margin_db` worse than another drawing's figures where that is less.
+
+        SSIM falls with the square of the error: its distance from 1 grows by 10^(margin / 10).
+        """
+        if psnr_db is None:
+            return self
+        widened = 1 - (1 - ssim) * 10 ** (margin_db / 10)
+        return Limit(min(self.psnr_db, psnr_db - margin_db), max(0.0, min(self.ssim, widened)))
+
+    def holds_for(self, image: ImageFidelity) -> bool:
+        return (
+            math.inf if image.psnr_db is None else image.psnr_db
+        ) >= self.psnr_db and image.ssim >= self.ssim
+
+
+LIMITS = {
+    Precision.FP32: Limit(45.0, 0.99),
+    Precision.FP16: Limit(30.0, 0.93),
+    Precision.BF16: Limit(25.0, 0.85),
+}
+_FLOOR_OF_BF16 = Limit(15.0, 0.5)
+
+
+def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
+    """Draw with torch, with the engines and with torch again, and judge. `bundle.json` need not be there yet.
+
+    `work` is an existing folder for the inputs and drawings. Raises what the backends raise where a candidate
+    cannot be opened or run; a bad picture is a record with the verdict FAIL, not an exception.
+    """
+    verify = manifest.recipe.verify
+    if not verify.enabled:
+        return FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off with --no-verify")
+    scene = Scene(
+        prompts=verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=verify.steps,
+        guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
+    )  # fmt: skip
+    write_scene(folder, manifest, scene)
+    reference = draw_isolated(
+        folder, manifest, REFERENCE, scene, work / "torch.safetensors", label="torch fp32"
+    )
+    engines = draw_isolated(folder, manifest, None, scene, work / "engines.safetensors", label="the engines")
+    floor = draw_isolated(
+        folder,
+        manifest,
+        NOISE_FLOOR,
+        scene,
+        work / "noise-floor.safetensors",
+        label="torch fp32 again (noise floor)",
+    )
+    progress.update("comparing the pictures", 0.0)
+    record = judge_drawings(manifest, scene, reference, engines, floor)
+    if record.verdict is Verdict.FAIL and least_precision(manifest) is Precision.BF16:
+        path = work / "torch-bf16.safetensors"
+        peer = draw_isolated(folder, manifest, _TORCH_BF16, scene, path, label="torch bf16 (second hearing)")
+        record = judge_drawings(manifest, scene, reference, engines, floor, peer)
+    return record
+
+
+def judge_drawings(
+    manifest: BundleManifest,
+    scene: Scene,
+    reference: Drawing,
+    engines: Drawing,
+    floor: Drawing,
+    peer: Drawing | None = None,
+) -> FidelityRecord:
+    """Compare drawings of one scene and judge them. `peer` is torch in the engines' own precision."""
+    images = compare_drawings(scene, reference, engines, floor)
+    precision = least_precision(manifest)
+    limits = [limit_for(image, precision) for image in images]
+    if peer is not None:
+        limits = _hear_peer(limits, compare_drawings(scene, reference, peer, floor))
+    problems = [
+        text
+        for index, image in enumerate(images)
+        if (text := _find_problem(image, limits[index], reference.images[index], engines.images[index]))
+    ]
+    return FidelityRecord(
+        verdict=Verdict.FAIL if problems else Verdict.PASS,
+        reason="; ".join(problems)
+        if problems
+        else _explain_pass(images, limits, reference, peer is not None),
+        scheduler=reference.scheduler,
+        steps=scene.steps,
+        guidance_scale=scene.guidance_scale,
+        images=images,
+    )
+
+
+def limit_for(image: ImageFidelity, precision: Precision) -> Limit:
+    """What a picture drawn in `precision` has to reach, given its noise floor."""
+    return LIMITS[precision].below(image.noise_floor_psnr_db, image.noise_floor_ssim, _FLOOR_MARGIN_DB)
+
+
+def least_precision(manifest: BundleManifest) -> Precision:
+    """The coarsest arithmetic among the bundle's engines."""
+    present = {record.precision for record in manifest.components.values()}
+    return next((p for p in (Precision.BF16, Precision.FP16) if p in present), Precision.FP32)
+
+
+def compare_drawings(
+    scene: Scene, reference: Drawing, other: Drawing, floor: Drawing | None = None
+) -> tuple[ImageFidelity, ...]:
+    """Figures of each picture of `other` against `reference`, beside those of the noise floor.
+
+    A picture with NaN or Inf scores 0 everywhere. Without a floor, its columns say "equal".
+    """
+    records = []
+    for index, prompt in enumerate(scene.prompts):
+        psnr_db, ssim = _score(reference, other, index)
+        floor_psnr_db, floor_ssim = (None, 1.0) if floor is None else _score(reference, floor, index)
+        a, b = to_picture(reference.images[index]), to_picture(other.images[index])
+        finite = bool(np.isfinite(other.images[index]).all())
+        records.append(
+            ImageFidelity(
+                prompt=prompt,
+                seed=scene.seed_of(index),
+                psnr_db=psnr_db,
+                ssim=ssim,
+                ms_ssim=compute_ms_ssim(a, b) if finite else 0.0,
+                latent_cosine_min=compute_least_cosine(reference.latents[index], other.latents[index]),
+                noise_floor_psnr_db=floor_psnr_db,
+                noise_floor_ssim=floor_ssim,
+            )
+        )
+    return tuple(records)
+
+
+def _score(reference: Drawing, other: Drawing, index: int) -> tuple[float | None, float]:
+    """(PSNR in dB or None for equal pictures, SSIM)."""
+    if not np.isfinite(other.images[index]).all():
+        return 0.0, 0.0
+    a, b = to_picture(reference.images[index]), to_picture(other.images[index])
+    psnr_db = compute_psnr(a, b)
+    return (None if math.isinf(psnr_db) else psnr_db), compute_ssim(a, b)
+
+
+def _hear_peer(limits: Sequence[Limit], peer: Sequence[ImageFidelity]) -> list[Limit]:
+    heard = [limit.below(p.psnr_db, p.ssim, _BF16_MARGIN_DB) for limit, p in zip(limits, peer, strict=True)]
+    return [
+        Limit(
+            max(h.psnr_db, min(limit.psnr_db, _FLOOR_OF_BF16.psnr_db)),
+            max(h.ssim, min(limit.ssim, _FLOOR_OF_BF16.ssim)),
+        )
+        for h, limit in zip(heard, limits, strict=True)
+    ]
+
+
+def _find_problem(image: ImageFidelity, limit: Limit, by_torch: FloatArray, by_engines: FloatArray) -> str:
+    """What is wrong with a picture, as a sentence without its full stop; empty where nothing is."""
+    name = f"the picture of {_shorten(image.prompt)!r} (seed {image.seed})"
+    fault, fault_of_torch = find_fault(by_engines), find_fault(by_torch)
+    if fault_of_torch is PictureFault.NOT_FINITE:
+        return f"{name} {fault_of_torch} when torch draws it in fp32: the checkpoint is broken"
+    if fault and fault is not fault_of_torch:
+        return f"{name} {fault}, and torch draws one"
+    if limit.holds_for(image):
+        return ""
+    return (
+        f"{name} differs from torch's: PSNR {format_psnr(image.psnr_db)} (at least {limit.psnr_db:.1f} dB), "
+        f"SSIM {image.ssim:.3f} (at least {limit.ssim:.3f}); "
+        f"torch against itself has {format_psnr(image.noise_floor_psnr_db)}"
+    )
+
+
+def _explain_pass(
+    images: Sequence[ImageFidelity], limits: Sequence[Limit], reference: Drawing, heard: bool
+) -> str:
+    psnr_db = min(math.inf if i.psnr_db is None else i.psnr_db for i in images)
+    floor_db = min(math.inf if i.noise_floor_psnr_db is None else i.noise_floor_psnr_db for i in images)
+    least = Limit(min(limit.psnr_db for limit in limits), min(limit.ssim for limit in limits))
+    text = (
+        f"{len(images)} {'picture' if len(images) == 1 else 'pictures'}: "
+        f"PSNR {format_psnr(psnr_db)} or better (limit {least.psnr_db:.1f} dB), "
+        f"SSIM {min(i.ssim for i in images):.3f} or better (limit {least.ssim:.3f}); "
+        f"torch against itself has {format_psnr(floor_db)}"
+    )
+    if heard:
+        text += "; the limit is that of torch in bf16, which differs as much from fp32"
+    if empty := sum(find_fault(image) is not None for image in reference.images):
+        text += f"; torch draws {empty} of them black or flat, too: look at the checkpoint and the prompt"
+    return text
+
+
+def format_psnr(psnr_db: float | None) -> str:
+    return "∞ dB (equal)" if psnr_db is None or math.isinf(psnr_db) else f"{psnr_db:.1f} dB"
+
+
+def _shorten(prompt: str, limit: int = 60) -> str:
+    return prompt if len(prompt) <= limit else prompt[: limit - 1] + "…"

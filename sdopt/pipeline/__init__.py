@@ -1,0 +1,1 @@
+"""Bundle to pictures: real diffusers pipelines whose networks are engine sessions."""

@@ -1,0 +1,183 @@
+"""Sessions and the files of a bundle to a diffusers pipeline. Knows no backend: the sessions are already
+open.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from transformers import CLIPTokenizer
+
+from sdopt.artifacts.manifest import BundleManifest, read_config
+from sdopt.artifacts.safetensors_file import read_header
+from sdopt.backends.protocol import Session
+from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
+from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.family import Family
+from sdopt.networks.tensors import read_tensor
+from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
+from sdopt.pipeline.opened import OpenedBundle
+from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
+
+_REQUIRED = {
+    Family.SD1: {ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER},
+    Family.SD2: {ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER},
+    Family.SDXL: {
+        ComponentName.TEXT_ENCODER,
+        ComponentName.TEXT_ENCODER_2,
+        ComponentName.UNET,
+        ComponentName.VAE_DECODER,
+    },
+    Family.SDXL_REFINER: {ComponentName.TEXT_ENCODER_2, ComponentName.UNET, ComponentName.VAE_DECODER},
+}
+
+
+def assemble_pipeline(
+    folder: Path,
+    manifest: BundleManifest,
+    sessions: Mapping[ComponentName, Session],
+    *,
+    scheduler: SchedulerName | str | None = None,
+) -> diffusers.DiffusionPipeline:
+    """A pipeline of the family's own diffusers class over open sessions; it draws at the bundle's size by
+    default.
+
+    Raises `ArtifactError` where a component or a file is missing or damaged, `UsageError` for a scheduler
+    that does not fit the checkpoint.
+    """
+    if missing := _REQUIRED[manifest.family] - sessions.keys():
+        raise ArtifactError(
+            f"{folder} is no whole pipeline: it lacks {', '.join(sorted(missing))}",
+            hint="build the bundle again",
+        )
+    bundle = OpenedBundle(manifest, _read_table(folder / "scheduler" / "scheduler_config.json"))
+    vae = EngineVAE(
+        sessions[ComponentName.VAE_DECODER],
+        sessions.get(ComponentName.VAE_ENCODER),
+        read_config(folder, ComponentName.VAE_DECODER),
+    )
+    parts = {
+        "vae": vae,
+        "unet": _make_unet(folder, bundle, sessions[ComponentName.UNET]),
+        "scheduler": make_scheduler(
+            scheduler, bundle.scheduler_config, family=manifest.family, prediction=manifest.prediction
+        ),
+        "text_encoder": _make_text_encoder(folder, sessions, ComponentName.TEXT_ENCODER),
+        "tokenizer": _load_tokenizer(folder / "tokenizer", manifest),
+    }
+    if manifest.family.is_xl:
+        parts["text_encoder_2"] = _make_text_encoder(folder, sessions, ComponentName.TEXT_ENCODER_2)
+        parts["tokenizer_2"] = _load_tokenizer(folder / "tokenizer_2", manifest)
+    return _pipeline_class(manifest)(**parts, **_flags(manifest, _read_table(folder / "model_index.json")))
+
+
+def _make_unet(folder: Path, bundle: OpenedBundle, session: Session) -> EngineUNet:
+    factor = vae_factor(read_config(folder, ComponentName.VAE_DECODER))
+    # Always a number: the image-to-image pipelines compare it with 64 and fail on a pair.
+    side = bundle.manifest.profile.height_px.opt // factor
+    unet = EngineUNet(
+        session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor
+    )
+    unet.bundle = bundle
+    return unet
+
+
+def _make_text_encoder(
+    folder: Path, sessions: Mapping[ComponentName, Session], name: ComponentName
+) -> EngineTextEncoder | None:
+    if name not in sessions:
+        return None
+    path = folder / name / "weights.safetensors"
+    try:
+        norm = {
+            key.rsplit(".", 1)[1]: ref
+            for key, ref in read_header(path).tensors.items()
+            if "final_layer_norm." in key
+        }
+        weight, bias = read_tensor(norm["weight"]), read_tensor(norm["bias"])
+    except (CheckpointError, UnsafeInputError, KeyError) as error:
+        raise ArtifactError(
+            f"cannot read the final layer norm from {path}: {error}",
+            hint="sdopt check names every damaged file",
+        ) from error
+    return EngineTextEncoder(sessions[name], read_config(folder, name), (weight, bias))
+
+
+def _load_tokenizer(folder: Path, manifest: BundleManifest) -> CLIPTokenizer | None:
+    if not folder.is_dir():
+        return None
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # A config without a length says "endless", and pipelines pad to it.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, manifest.profile.tokens.opt)
+    return tokenizer
+
+
+def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the pipeline's class that a checkpoint brings; the defaults are those of the published
+    models.
+    """
+    if not manifest.family.is_xl:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    refiner = manifest.family is Family.SDXL_REFINER
+    flags = {
+        "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", not refiner)),
+        # A watermark would make the pictures differ from torch's wherever its library happens to be
+        # installed.
+        "add_watermarker": False,
+    }
+    if refiner or manifest.inpainting:
+        flags["requires_aesthetics_score"] = bool(index.get("requires_aesthetics_score", refiner))
+    return flags
+
+
+def _pipeline_class(manifest: BundleManifest) -> Any:
+    match manifest.family, manifest.inpainting:
+        case Family.SDXL_REFINER, _:
+            return diffusers.StableDiffusionXLImg2ImgPipeline
+        case Family.SDXL, False:
+            kind = diffusers.StableDiffusionXLPipeline
+        case Family.SDXL, True:
+            kind = diffusers.StableDiffusionXLInpaintPipeline
+        case _, False:
+            kind = diffusers.StableDiffusionPipeline
+        case _:
+            kind = diffusers.StableDiffusionInpaintPipeline
+    height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
+    return kind if height_px == width_px else _with_default_size(kind, height_px, width_px)
+
+
+def _with_default_size(kind: Any, height_px: int, width_px: int) -> Any:
+    """The class with another default size: diffusers knows only square ones.
+
+    It keeps its name, by which `AutoPipelineFor….from_pipe` finds its relatives.
+    """
+    signature = inspect.signature(kind.__call__)
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(self, *args, **kwargs)
+        for side, default_px in (("height", height_px), ("width", width_px)):
+            bound.arguments[side] = bound.arguments.get(side) or default_px
+        return kind.__call__(*bound.args, **bound.kwargs)
+
+    return type(
+        kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    )
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot read {path}: {error}", hint="sdopt check names every damaged file"
+        ) from error
+    if not isinstance(table, dict):
+        raise ArtifactError(f"{path} is no table")
+    return table

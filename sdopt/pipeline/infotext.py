@@ -1,0 +1,94 @@
+"""The `parameters` text that A1111's web UI writes into pictures, and that galleries and other UIs read.
+
+Format: modules/infotext_utils.py and `create_infotext` in modules/processing.py of stable-diffusion-webui
+1.10.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from sdopt.errors import ArtifactError
+from sdopt.pipeline.generate import GenerateRequest, parse_request
+
+_NEGATIVE = "Negative prompt:"
+_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+# How many settings the last line must have to be one of settings, and not the prompt's.
+_LEAST_SETTINGS = 3
+
+
+def format_infotext(
+    request: GenerateRequest,
+    *,
+    size_px: tuple[int, int],
+    sampler: str,
+    model: str,
+    model_hash: str,
+    version: str,
+) -> str:
+    """A request as A1111 writes it. `size_px` is (width, height); `model_hash` may be empty."""
+    settings = {
+        "Steps": request.steps,
+        "Sampler": sampler,
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": request.seed,
+        "Size": f"{size_px[0]}x{size_px[1]}",
+        "Model hash": model_hash,
+        "Model": model,
+        "Clip skip": "" if request.clip_skip is None else request.clip_skip + 1,
+        "Version": version,
+    }
+    last = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value != "")
+    negative = f"\n{_NEGATIVE} {request.negative_prompt}" if request.negative_prompt else ""
+    return f"{request.prompt}{negative}\n{last}".strip()
+
+
+def parse_infotext(text: str) -> GenerateRequest:
+    """The request in a `parameters` text, as far as sdopt has the settings; others (hires fix, …) are left
+    out.
+
+    Raises `ArtifactError` for a text that is not of this format, `UsageError` for a setting that sdopt cannot
+    follow.
+    """
+    *lines, last = text.strip().split("\n")
+    settings = dict(_SETTING.findall(last))
+    if len(settings) < _LEAST_SETTINGS or not {"Steps", "Seed"} <= settings.keys():
+        raise ArtifactError(
+            "the picture's parameters are not in A1111's format: the last line has no Steps and Seed"
+        )
+    prompt, negative = _split_prompts(lines)
+    settings = {key: _unquote(value) for key, value in settings.items()}
+    values: dict[str, Any] = {"prompt": prompt, "steps": settings["Steps"], "seed": settings["Seed"]}
+    values |= {"negative_prompt": negative} if negative else {}
+    values |= {"guidance_scale": settings["CFG scale"]} if "CFG scale" in settings else {}
+    if size := _SIZE.fullmatch(settings.get("Size", "")):
+        values |= {"width_px": size[1], "height_px": size[2]}
+    if "Sampler" in settings:
+        # Newer versions name the spacing of sigmas apart from the sampler.
+        karras = " Karras" if settings.get("Schedule type") == "Karras" else ""
+        values["scheduler"] = settings["Sampler"] + karras
+    if settings.get("Clip skip", "1").isdecimal() and (skip := int(settings.get("Clip skip", "1"))) > 1:
+        values["clip_skip"] = skip - 1
+    return parse_request(values)
+
+
+def _split_prompts(lines: list[str]) -> tuple[str, str]:
+    start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE)
+    return "\n".join(lines[:start]).strip(), negative.strip()
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",\n:") else text
+
+
+def _unquote(text: str) -> str:
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return text.strip()
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text

@@ -1,0 +1,64 @@
+"""A bundle's folder to a pipeline: read the manifest, open each engine, assemble."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+
+import diffusers
+
+from sdopt import progress
+from sdopt.artifacts.bundle import bundle_extents, require_intact
+from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
+from sdopt.backends.open import open_session
+from sdopt.backends.protocol import ComponentFiles
+from sdopt.model.component import ComponentName
+from sdopt.pipeline.assemble import assemble_pipeline
+from sdopt.pipeline.networks import EngineModule
+
+_WEIGHTS = ".safetensors"
+
+
+def load_pipeline(
+    folder: str | PathLike[str], *, scheduler: str | None = None
+) -> diffusers.DiffusionPipeline:
+    """Open a bundle; see `sdopt.load`. The engines stay open until `close_engines`, or until the process
+    ends.
+
+    Raises `ArtifactError` for a folder that is no valid bundle, `UsageError` for a scheduler that does not
+    fit it, and `EnvironmentMissingError` where this machine cannot run it.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    # Everything that a runtime or a library interprets. Weights are plain numbers, and gigabytes: `sdopt
+    # check` has them.
+    require_intact(path, {name: file for name, file in manifest.files.items() if not name.endswith(_WEIGHTS)})
+    order = [name for name in ComponentName if name in manifest.components]
+    with ExitStack() as opened:
+        sessions = {}
+        for count, name in enumerate(order):
+            progress.update(f"opening {name}", count / len(order))
+            files, settings = component_files(path, manifest, name), manifest.components[name].backend
+            sessions[name] = opened.enter_context(open_session(files, settings))
+        pipe = assemble_pipeline(path, manifest, sessions, scheduler=scheduler)
+        opened.pop_all()
+    return pipe
+
+
+def component_files(folder: Path, manifest: BundleManifest, name: ComponentName) -> ComponentFiles:
+    """One component of a bundle, as a backend opens it."""
+    return ComponentFiles(
+        folder=folder / name,
+        spec=manifest.components[name].spec,
+        config=read_config(folder, name),
+        family=manifest.family,
+        extents=bundle_extents(folder, manifest),
+    )
+
+
+def close_engines(pipe: diffusers.DiffusionPipeline) -> None:
+    """Free the engines of a pipeline, which cannot draw any more."""
+    for part in pipe.components.values():
+        if isinstance(part, EngineModule):
+            part.close()

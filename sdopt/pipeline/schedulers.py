@@ -1,0 +1,207 @@
+"""Schedulers by name: a table, and the settings that a checkpoint needs of each.
+
+The table is read without diffusers, so that `--help` can list it. A checkpoint's noise schedule and
+prediction type belong to its weights and are always kept; how steps are spaced is a choice of the sampler.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.family import Family, Prediction
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+class SchedulerName(StrEnum):
+    """What `--scheduler` takes. Case, spaces, hyphens and underscores do not matter."""
+
+    DDIM = "ddim"
+    DDPM = "ddpm"
+    PNDM = "pndm"
+    LMS = "lms"
+    EULER = "euler"
+    EULER_A = "euler_a"
+    HEUN = "heun"
+    DPMPP_2M = "dpm++2m"
+    DPMPP_2M_KARRAS = "dpm++2m_karras"
+    DPMPP_2M_SDE = "dpm++2m_sde"
+    DPMPP_2M_SDE_KARRAS = "dpm++2m_sde_karras"
+    KDPM2 = "kdpm2"
+    KDPM2_A = "kdpm2_a"
+    UNIPC = "unipc"
+    DEIS = "deis"
+    LCM = "lcm"
+
+
+@dataclass(frozen=True)
+class SchedulerEntry:
+    """A class of diffusers, the sampler's name in A1111's infotext, and settings that make the class this
+    sampler.
+    """
+
+    diffusers_class: str
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+SCHEDULERS: Mapping[SchedulerName, SchedulerEntry] = {
+    SchedulerName.DDIM: SchedulerEntry("DDIMScheduler", "DDIM", {"set_alpha_to_one": False}),
+    SchedulerName.DDPM: SchedulerEntry("DDPMScheduler", "DDPM"),
+    SchedulerName.PNDM: SchedulerEntry("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
+    SchedulerName.LMS: SchedulerEntry("LMSDiscreteScheduler", "LMS"),
+    SchedulerName.EULER: SchedulerEntry("EulerDiscreteScheduler", "Euler"),
+    SchedulerName.EULER_A: SchedulerEntry("EulerAncestralDiscreteScheduler", "Euler a"),
+    SchedulerName.HEUN: SchedulerEntry("HeunDiscreteScheduler", "Heun"),
+    SchedulerName.DPMPP_2M: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    SchedulerName.DPMPP_2M_KARRAS: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
+    SchedulerName.DPMPP_2M_SDE: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
+    SchedulerName.DPMPP_2M_SDE_KARRAS: SchedulerEntry(
+        "DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", _SDE | _KARRAS
+    ),
+    SchedulerName.KDPM2: SchedulerEntry("KDPM2DiscreteScheduler", "DPM2"),
+    SchedulerName.KDPM2_A: SchedulerEntry("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    SchedulerName.UNIPC: SchedulerEntry("UniPCMultistepScheduler", "UniPC"),
+    SchedulerName.DEIS: SchedulerEntry("DEISMultistepScheduler", "DEIS"),
+    SchedulerName.LCM: SchedulerEntry("LCMScheduler", "LCM"),
+}
+
+# What the weights were trained with. Everything else in a scheduler's config belongs to the sampler that
+# wrote it.
+_OF_THE_CHECKPOINT = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+# The published configs: stable-diffusion-v1-5 and SDXL-base-1.0, scheduler/scheduler_config.json.
+_PUBLISHED = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def parse_scheduler(text: str) -> SchedulerName:
+    """A scheduler by its name or by A1111's: `dpm++2m_karras`, `DPM++ 2M Karras`. Raises `UsageError` with
+    the nearest.
+    """
+    known: dict[str, SchedulerName] = {}
+    for name, entry in SCHEDULERS.items():
+        known |= {_squeeze(name): name, _squeeze(entry.label): name}
+    if found := known.get(_squeeze(text)):
+        return found
+    near = difflib.get_close_matches(_squeeze(text), known, n=1)
+    guess = f"did you mean {known[near[0]].value!r}? " if near else ""
+    raise UsageError(f"there is no scheduler {text!r}", hint=f"{guess}Known: {', '.join(SchedulerName)}")
+
+
+def make_scheduler(
+    name: SchedulerName | str | None,
+    base_config: Mapping[str, Any],
+    *,
+    family: Family,
+    prediction: Prediction,
+) -> SchedulerMixin:
+    """A scheduler for a checkpoint whose own scheduler has `base_config`; None makes the checkpoint's own.
+
+    Keeps the noise schedule (betas, zero terminal SNR) and takes `prediction`. Raises `UsageError` where the
+    named scheduler cannot follow that schedule, and `ArtifactError` where the checkpoint's own is not one of
+    diffusers.
+    """
+    if name is None:
+        return _make_own(base_config, family, prediction)
+    name = parse_scheduler(name)
+    entry = SCHEDULERS[name]
+    kind = _diffusers_class(entry.diffusers_class)
+    accepted = inspect.signature(kind.__init__).parameters
+    zero_snr = bool(base_config.get("rescale_betas_zero_snr"))
+    if zero_snr:
+        _refuse_zero_snr(name, entry, accepted)
+    config = _PUBLISHED | {key: base_config[key] for key in _OF_THE_CHECKPOINT if key in base_config}
+    config |= _spacing(base_config, family, zero_snr)
+    # Latents are not bounded, so nothing may be clipped to [-1, 1] as in the pixel models that diffusers
+    # began with.
+    config |= {"prediction_type": prediction.value, "clip_sample": False, **entry.settings}
+    return kind(**{key: value for key, value in config.items() if key in accepted})
+
+
+def _spacing(base_config: Mapping[str, Any], family: Family, zero_snr: bool) -> dict[str, Any]:
+    """How steps are spread. Without an entry, each class of diffusers takes its own default."""
+    offset = {"steps_offset": int(base_config.get("steps_offset", 1)) if family.is_xl else 1}
+    if zero_snr:
+        # Only trailing steps begin at pure noise, which is what such a model has to see first (arXiv
+        # 2305.08891).
+        return offset | {"timestep_spacing": "trailing"}
+    if "timestep_spacing" in base_config:
+        return offset | {"timestep_spacing": base_config["timestep_spacing"]}
+    return offset | ({"timestep_spacing": "leading"} if family.is_xl else {})
+
+
+def _refuse_zero_snr(name: SchedulerName, entry: SchedulerEntry, accepted: Mapping[str, object]) -> None:
+    if "rescale_betas_zero_snr" not in accepted:
+        reason = f"{entry.diffusers_class} cannot represent a last step without any signal"
+    elif entry.settings.get("use_karras_sigmas"):
+        reason = "Karras spacing would spend half of its steps above a sigma of 50, where there is only noise"
+    else:
+        return
+    raise UsageError(
+        f"{name.value!r} does not fit this checkpoint, which was trained to zero terminal SNR: {reason}",
+        hint="these fit: ddim, ddpm, euler, euler_a, dpm++2m, dpm++2m_sde, unipc, lcm",
+    )
+
+
+def _make_own(base_config: Mapping[str, Any], family: Family, prediction: Prediction) -> SchedulerMixin:
+    kind = _diffusers_class(str(base_config.get("_class_name", "")))
+    accepted = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in base_config.items() if key in accepted} | {
+        "prediction_type": prediction.value
+    }
+    if not family.is_xl:
+        # StableDiffusionPipeline would set these two itself, with a warning that the user can do nothing
+        # about.
+        config |= {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
+    return kind(**{key: value for key, value in config.items() if key in accepted})
+
+
+def label_of(scheduler: SchedulerMixin) -> str:
+    """A1111's name of a scheduler; the name of its class where A1111 has none."""
+    kind, config = type(scheduler).__name__, scheduler.config
+    # A class can be several samplers: the one with the most settings in common is meant.
+    matches = [
+        entry
+        for entry in SCHEDULERS.values()
+        if entry.diffusers_class == kind and all(config.get(key) == v for key, v in entry.settings.items())
+    ]
+    return max(matches, key=lambda entry: len(entry.settings)).label if matches else kind
+
+
+def _diffusers_class(name: str) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ArtifactError(
+            f"the bundle's scheduler {name!r} is not one that diffusers {diffusers.__version__} has",
+            hint="choose one with --scheduler",
+        )
+    return kind
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"[\s_\-]+", "", text.lower())
