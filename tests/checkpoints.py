@@ -1,7 +1,7 @@
 """Small random models of every family, as diffusers folders and as single files in the original layout.
 
-The way from diffusers' names to the original ones is written here with the index arithmetic of diffusers' own export
-scripts, apart from the package's code, which goes the other way by looking at what is there.
+The way from diffusers' names to the original ones is written here with the index arithmetic of diffusers' own
+export scripts, apart from the package's code, which goes the other way by looking at what is there.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def small_recipe(family: Family, *, inpainting: bool = False) -> Recipe:
     """Two levels, one layer; widths that are multiples of 32 (norm groups) and 64 (channels of a head)."""
     wide = (32, 64) if family is Family.SD1 else (64, 128)
     unet: dict[str, Any] = {
-        "in_channels": 9 if inpainting else 4, "block_out_channels": wide, "layers_per_block": 1, "cross_attention_dim": 64,
-        "sample_size": {Family.SD1: 64, Family.SD2: 96}.get(family, 128), "attention_head_dim": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "in_channels": 9 if inpainting else 4, "block_out_channels": wide, "layers_per_block": 1,
+        "cross_attention_dim": 64, "sample_size": {Family.SD1: 64, Family.SD2: 96}.get(family, 128),
+        "attention_head_dim": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     if family is not Family.SD1:
         unet.update(
@@ -68,14 +69,16 @@ def small_recipe(family: Family, *, inpainting: bool = False) -> Recipe:
         text["text_encoder_2"] = _text(64, 256, "gelu", projection=96, projected=True)
         ids = 6 if family is Family.SDXL else 5
         unet.update(
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=ids * 8 + 96,
-            transformer_layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=128 if family is Family.SDXL else 64,
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=ids * 8 + 96, transformer_layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=128 if family is Family.SDXL else 64,
         )  # fmt: skip
     vae = {
-        "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "layers_per_block": 1, "latent_channels": 4, "sample_size": family.native_size_px,
-        "scaling_factor": 0.13025 if family.is_xl else 0.18215,
+        "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 4,
+        "sample_size": family.native_size_px, "scaling_factor": 0.13025 if family.is_xl else 0.18215,
     }  # fmt: skip
     return Recipe(family, unet, vae, text)
 
@@ -84,9 +87,10 @@ def _text(
     width: int, inner: int, activation: str, *, projection: int, projected: bool = False, layers: int = 2
 ) -> dict[str, Any]:
     return {
-        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"], "hidden_size": width,
-        "intermediate_size": inner, "hidden_act": activation, "projection_dim": projection, "num_hidden_layers": layers,
-        "num_attention_heads": width // 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "hidden_size": width, "intermediate_size": inner, "hidden_act": activation,
+        "projection_dim": projection, "num_hidden_layers": layers, "num_attention_heads": width // 64,
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
     }  # fmt: skip
 
 
@@ -180,13 +184,13 @@ def to_original(model: Model) -> State:
 
 
 _RESNET = [
-    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
+    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
 ]  # fmt: skip
 _ENDS = [
-    ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"), ("conv_in", "input_blocks.0.0"),
-    ("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"), ("conv_norm_out", "out.0"),
-    ("conv_out", "out.2"),
+    ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
+    ("conv_in", "input_blocks.0.0"), ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"),
 ]  # fmt: skip
 
 
@@ -261,11 +265,14 @@ def vae_to_original(state: State) -> State:
 
 
 def to_openclip(state: State, *, unused: bool = False) -> State:
-    """OpenCLIP's names without prefix; `unused` adds the last layer, which SD 2.x carries and does not use."""
+    """OpenCLIP's names without prefix; `unused` adds the last layer, which SD 2.x carries and does not
+    use."""
     plain = {key.removeprefix("text_model."): value for key, value in state.items()}
     names = {
-        "embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm.weight": "ln_final.weight",
-        "embeddings.position_embedding.weight": "positional_embedding", "final_layer_norm.bias": "ln_final.bias",
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "final_layer_norm.weight": "ln_final.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.bias": "ln_final.bias",
     }  # fmt: skip
     original: State = {names[key]: value for key, value in plain.items() if key in names}
     layers = len({key.split(".")[2] for key in plain if key.startswith("encoder.layers.")})

@@ -101,7 +101,8 @@ def make_bundle(
     inpainting: bool = False,
     profile: ShapeProfile | None = None,
 ) -> ReferenceBundle:
-    """A bundle of a diffusers folder, with fp32 reference sessions. `profile` is 64x64 at batch 1 by default."""
+    """A bundle of a diffusers folder, with fp32 reference sessions. `profile` is 64x64 at batch 1 by default.
+    """
     profile = profile or ShapeProfile.static(height_px=64, width_px=64)
     factor = vae_factor(_config(source, "vae"))
     sessions: dict[ComponentName, ReferenceSession] = {}

@@ -1,4 +1,5 @@
-"""Runs in a child behind the pickle sandbox's audit hook, and says what got through. Light: it loads no torch."""
+"""Runs in a child behind the pickle sandbox's audit hook, and says what got through. Light: it loads no
+torch."""
 
 from __future__ import annotations
 

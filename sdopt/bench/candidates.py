@@ -35,12 +35,14 @@ _BASELINES = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """`settings` of None are the engines as the manifest names them. `missing` says why it cannot run
-    here.
+    """`settings` of None are the engines as the manifest names them.
+
+    `precision` is the coarsest that it computes in; `missing` says why it cannot run here.
     """
 
     name: str
     label: str
+    precision: Precision
     settings: BackendSettings | None
     missing: str = ""
 

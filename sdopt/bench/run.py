@@ -112,9 +112,7 @@ def interleave(names: Sequence[str], repeats: int) -> list[str]:
 def _run_row(
     request: BenchRequest, manifest: BundleManifest, scene: Scene, row: _Row, position: int, count: int
 ) -> str:
-    """Run a candidate once more, unless it has failed before. Returns the scheduler's name, or the empty
-    string.
-    """
+    """Run a candidate once more, unless it failed before. Returns the scheduler's name or an empty string."""
     if row.candidate.missing:
         row.status, row.message = Status.SKIPPED, row.candidate.missing
     if row.status is not Status.OK:
@@ -166,7 +164,8 @@ def _compare_all(
 
 def _record_row(row: _Row, manifest: BundleManifest, fidelity: tuple[ImageFidelity, ...]) -> CandidateRecord:
     return CandidateRecord(
-        name=row.candidate.name, label=row.candidate.label, settings=row.candidate.settings_by_component(manifest),
+        name=row.candidate.name, label=row.candidate.label,
+        precision=row.candidate.precision, settings=row.candidate.settings_by_component(manifest),
         status=row.status, message=row.message, processes=tuple(row.processes), fidelity=fidelity,
     )  # fmt: skip
 

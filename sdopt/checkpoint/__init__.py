@@ -1,1 +1,2 @@
-"""Any Stable Diffusion checkpoint -> components: configs and tensors as byte ranges. Nothing is loaded whole."""
+"""Any Stable Diffusion checkpoint -> components: configs and tensors as byte ranges. Nothing is loaded
+whole."""

@@ -1,4 +1,5 @@
-"""Where derived inputs are kept: converted pickles and tokenizer folders. Losing it costs time, nothing else."""
+"""Where derived inputs are kept: converted pickles and tokenizer folders. Losing it costs time, nothing
+else."""
 
 from __future__ import annotations
 

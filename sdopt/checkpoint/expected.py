@@ -1,6 +1,7 @@
 """What names and shapes a config asks for, from modules on torch's meta device: nothing is allocated.
 
-A heavy leaf: it loads torch, diffusers and transformers, and is imported only inside the functions that need it.
+A heavy leaf: it loads torch, diffusers and transformers, and is imported only inside the functions that need
+it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from sdopt.networks.modules import build_network, tensor_names
 
 # What transformers adds to a CLIP config and what changes neither names, nor shapes, nor numbers.
 _CLIP_KEYS = (
-    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_factor",
-    "initializer_range", "intermediate_size", "layer_norm_eps", "max_position_embeddings", "model_type", "num_attention_heads",
-    "num_hidden_layers", "pad_token_id", "projection_dim", "vocab_size",
+    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size",
+    "initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps",
+    "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers", "pad_token_id",
+    "projection_dim", "vocab_size",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A config with every key that the installed libraries know, and the shapes of the tensors that it needs."""
+    """A config with every key that the installed libraries know, and the shapes of the tensors that it
+    needs."""
 
     config: Config
     shapes: Mapping[str, tuple[int, ...]]
@@ -37,7 +40,8 @@ class Expected:
 def expect_component(name: ComponentName, config: Config) -> Expected:
     """Complete a config and list its tensors. Raises `CheckpointError` for a config that cannot be built.
 
-    Two configs that say the same, one with fewer keys, become equal: old files leave out what was the default.
+    Two configs that say the same, one with fewer keys, become equal: old files leave out what was the
+    default.
     """
     complete = _complete_clip(config) if name.is_text_encoder else _complete_diffusers(name, config)
     with torch.device("meta"):

@@ -67,7 +67,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     pipeline = str(index.get("_class_name", ""))
     if not _PIPELINES.match(pipeline) or lacking == ["unet"]:
         raise CheckpointError(
-            f"{folder} is a {pipeline or 'pipeline without a class name'}, not one of Stable Diffusion 1, 2 or XL",
+            f"{folder} is a {pipeline or 'nameless pipeline'}, not one of Stable Diffusion 1, 2 or XL",
             hint="sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner, and their inpainting models",
         )
     if lacking:
@@ -124,9 +124,7 @@ def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], whe
     """The family by the UNet's config and by which text encoders there are."""
     for key in ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"):
         if unet.get(key) is not None:
-            raise CheckpointError(
-                f"{where}: the UNet has {key}={unet[key]!r}, which no model of the known families has"
-            )
+            raise CheckpointError(f"{where}: the UNet has {key}={unet[key]!r}, as no known family has")
     match unet.get("addition_embed_type"):
         case "text_time":
             first, second = (ComponentName.TEXT_ENCODER in text, ComponentName.TEXT_ENCODER_2 in text)
@@ -139,12 +137,13 @@ def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], whe
             return Family.SD2 if unet.get("use_linear_projection") else Family.SD1
         case other:
             raise CheckpointError(
-                f"{where}: the UNet has addition_embed_type={other!r}, which no model of the known families has"
+                f"{where}: the UNet has addition_embed_type={other!r}, as no known family has"
             )
 
 
 def is_inpainting(components: Mapping[ComponentName, ComponentSource], where: str) -> bool:
-    """Whether the UNet takes latents, a mask and masked latents. Raises `CheckpointError` for any other extra input."""
+    """Whether the UNet takes latents, a mask and masked latents. Raises `CheckpointError` for any other extra
+    input."""
     channels = int(components[ComponentName.UNET].config["in_channels"])
     latent = int(components[ComponentName.VAE_DECODER].config["latent_channels"])
     if channels == latent:
@@ -156,8 +155,9 @@ def is_inpainting(components: Mapping[ComponentName, ComponentSource], where: st
         latent + 1: "a depth-to-image model",
         latent + 3: "an upscaler",
     }
+    kind = kinds.get(channels, "no text-to-image model")
     raise CheckpointError(
-        f"{where}: the UNet takes {channels} channels and the VAE gives {latent}: it is {kinds.get(channels, 'no text-to-image model')}",
+        f"{where}: the UNet takes {channels} channels and the VAE gives {latent}: it is {kind}",
         hint="sdopt reads text-to-image and 9-channel inpainting models",
     )
 

@@ -1,4 +1,5 @@
-"""A Hugging Face id -> the folder of its snapshot, with no file that is not needed. The only user of huggingface_hub."""
+"""A Hugging Face id -> the folder of its snapshot, with no file that is not needed. The only user of
+huggingface_hub."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from sdopt.checkpoint.weights import INDEX_NAME
 from sdopt.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+# A missing file that was given by a relative path must not be asked for on the hub.
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".json")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SMALL = re.compile(
     r"^(model_index\.json|README\.md|(scheduler|tokenizer|tokenizer_2)/[^/]+\.(json|txt)|(unet|vae|text_encoder|text_encoder_2)/config\.json)$"
@@ -32,11 +35,12 @@ class Snapshot:
 
 def is_hub_id(source: str) -> bool:
     """Whether a source reads as `owner/name`, with an optional `@revision`."""
-    return bool(_ID.match(source))
+    return bool(_ID.match(source)) and not source.endswith(_FILE_SUFFIXES)
 
 
 def fetch_snapshot(source: str) -> Snapshot:
-    """The snapshot of `owner/name[@revision]` in the Hugging Face cache; downloads only what is not there yet.
+    """The snapshot of `owner/name[@revision]` in the Hugging Face cache; downloads only what is not there
+    yet.
 
     Offline (`HF_HUB_OFFLINE=1`) the cache alone is asked. Raises `CheckpointError` with what to do next.
     """
@@ -68,7 +72,7 @@ def fetch_snapshot(source: str) -> Snapshot:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"{source} is neither a file or folder here nor in the Hugging Face cache, and the hub was not asked or cannot be reached",
+            f"{source} is neither a path here nor in the Hugging Face cache, and the hub cannot be asked",
             hint="connect to the network, unset HF_HUB_OFFLINE, or give a local path",
         ) from error
     except errors.HfHubHTTPError as error:
@@ -85,7 +89,8 @@ def fetch_snapshot(source: str) -> Snapshot:
 
 
 def choose_files(names: Sequence[str], model: str) -> list[str]:
-    """The files of a repository that sdopt needs: configs, tokenizers, and one set of weights for each component.
+    """The files of a repository that sdopt needs: configs, tokenizers, and one set of weights for each
+    component.
 
     safetensors before pickles, fp16 before the plain file, never another variant where one of these is there.
     """

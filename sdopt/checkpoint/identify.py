@@ -1,4 +1,5 @@
-"""What a single file is, from its tensors' names: so that the wrong file gets an answer instead of a stack trace."""
+"""What a single file is, from its tensors' names: so that the wrong file gets an answer instead of a stack
+trace."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 # The first that some name matches is the answer: the particular before the general.
+_TEXT = "a text encoder alone"
 _KINDS: tuple[tuple[str, str], ...] = (
     (r"lora_|\.lora\.|\.(hada_w1|lokr_w1|oft_|glora|diff_b?$)|\.dora_scale", "a LoRA (or LyCORIS) adapter"),
     (r"motion_modules\.|\.time_stack\.|\.temporal_transformer", "a video model or motion module"),
@@ -16,12 +18,12 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", "a Flux model or another one of its kind"),
     (r"clip_txt_pooled_mapper|effnet_mapper", "a Stable Cascade model"),
     (r"(^|\.)noise_augmentor|^embedder\.model\.visual", "an unCLIP model"),
-    (r"(^|\.)blocks\.\d+\.(cross_attn|attn1|adaLN)|adaln_single|caption_projection|cap_embedder", "a diffusion transformer"),
+    (r"(^|\.)blocks\.\d+\.(cross_attn|attn1|adaLN)|adaln_single|cap_embedder", "a diffusion transformer"),
     (r"^(params_ema|model\.\d+\.weight|body\.\d+\.rdb|RRDB)", "an upscaler"),
     (r"\.absmax$|\.quant_map$|\.scales$|\.qweight$", "a quantised model"),
     (r"^(down_blocks|mid_block|up_blocks)\.", "a UNet alone, in diffusers' layout"),
-    (r"^(first_stage_model\.|encoder\.|decoder\.)(down|mid|up|conv_in)", "a VAE alone"),
-    (r"^((text_model|transformer\.resblocks|encoder\.block|cond_stage_model|conditioner|shared)\.)", "a text encoder alone"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.(down|mid|up|conv_in)", "a VAE alone"),
+    (r"^(text_model|transformer\.resblocks|encoder\.block|cond_stage_model|conditioner)", _TEXT),
 )  # fmt: skip
 
 
@@ -41,6 +43,6 @@ def advise(kind: str) -> str:
         return "give the model as SOURCE, and this file with --vae"
     if "adapter" in kind.lower() or "ControlNet" in kind or "embedding" in kind:
         return "it changes a model and is none: give the model itself as SOURCE"
-    if kind.startswith("a UNet alone") or kind.startswith("a text encoder alone"):
+    if kind.startswith("a UNet alone") or kind == _TEXT:
         return "give the whole model: a diffusers folder, or a file with UNet, VAE and text encoder"
     return "sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner"

@@ -1,7 +1,7 @@
 """diffusers and transformers configs of a single file, from the names and shapes of its tensors.
 
-What shapes cannot tell (activation, heads, scaling) is the published models' of the family; where they would have to be
-guessed, the file is refused.
+What shapes cannot tell (activation, heads, scaling) is the published models' of the family; where they would
+have to be guessed, the file is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SCALING = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025, Fami
 
 
 def infer_family(unet: Tensors, *, first_encoder: bool, where: str) -> Family:
-    """Family by the UNet's diffusers names; `first_encoder` says whether CLIP-L lies in SDXL's first place."""
+    """Family by the UNet's diffusers names; `first_encoder` says whether CLIP-L lies in SDXL's first
+    place."""
     if "add_embedding.linear_1.weight" in unet:
         return Family.SDXL if first_encoder else Family.SDXL_REFINER
     found = [ref for key, ref in unet.items() if key.endswith(".proj_in.weight")]
@@ -106,7 +107,8 @@ def _middle_type(layout: UNetLayout, where: str) -> str | None:
 
 
 def _transformer_depths(layout: UNetLayout, where: str) -> dict[str, Any]:
-    """`transformer_layers_per_block`, as one number where there is one, by level, or by layer for pruned UNets."""
+    """`transformer_layers_per_block`, as one number where there is one, by level, or by layer for pruned
+    UNets."""
     mirrored = all(
         len({*down.depths, *up.depths} - {0}) <= 1
         for down, up in zip(layout.down, reversed(layout.up), strict=True)
@@ -114,10 +116,11 @@ def _transformer_depths(layout: UNetLayout, where: str) -> dict[str, Any]:
     last = layout.down[-1].depths[0]
     if layout.middle_depth is not None and last not in (0, layout.middle_depth):
         raise CheckpointError(
-            f"{where}: the UNet's middle has {layout.middle_depth} transformer blocks, the level before it {last}",
+            f"{where}: the UNet's middle has {layout.middle_depth} transformer blocks, its last level {last}",
             hint=_PRUNED,
         )
-    # A level without attention has no number of its own: the last one's is the middle's, else that of all the rest.
+    # A level without attention has no number of its own: the last one's is the middle's, else that of all the
+    # rest.
     levels = [
         max(*down.depths, *up.depths) for down, up in zip(layout.down, reversed(layout.up), strict=True)
     ]
@@ -143,12 +146,13 @@ def _collapse(values: list[int]) -> int | list[int]:
 
 
 def _heads(layout: UNetLayout, family: Family, where: str) -> int | list[int]:
-    """diffusers' `attention_head_dim`, which is the number of heads: 8 in SD 1.x, one for 64 channels later."""
+    """diffusers' `attention_head_dim`, which is the number of heads: 8 in SD 1.x, one for 64 channels
+    later."""
     channels = [stage.channels for stage in layout.down]
     unit = _SD1_HEADS if family is Family.SD1 else _HEAD_CHANNELS
     if any(width % unit for width in channels):
         raise CheckpointError(
-            f"{where}: widths {channels} do not tell the number of attention heads: they are no multiples of {unit}",
+            f"{where}: widths {channels} are no multiples of {unit}: they do not tell the number of heads",
             hint="give the model as a diffusers folder, whose config says it",
         )
     return _SD1_HEADS if family is Family.SD1 else [width // _HEAD_CHANNELS for width in channels]
@@ -215,8 +219,8 @@ def _count_parts(tensors: Tensors, prefix: str) -> int:
 def infer_text_encoder(text: Tensors, *, openclip: bool, projected: bool, where: str) -> dict[str, Any]:
     """Config of a CLIP text model by transformers' names, without the `text_model.` prefix.
 
-    The ids of special tokens are those of the published models' configs: eos 2 makes transformers take the state at
-    the largest id, which is the end of text.
+    The ids of special tokens are those of the published models' configs: eos 2 makes transformers take the
+    state at the largest id, which is the end of text.
     """
     vocabulary, width = _shape(text, "embeddings.token_embedding.weight", where)
     if width % _HEAD_CHANNELS:

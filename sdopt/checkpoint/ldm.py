@@ -1,7 +1,8 @@
-"""Names of the original (CompVis/Stability) UNet and VAE -> diffusers' names, and the layout that the names tell.
+"""Names of the original (CompVis/Stability) UNet and VAE -> diffusers' names, and the layout that the names
+tell.
 
-Only names and shapes are read. A tensor that no rule knows keeps its name, and the comparison with the config's own
-names refuses it: nothing is dropped in silence.
+Only names and shapes are read. A tensor that no rule knows keeps its name, and the comparison with the
+config's own names refuses it: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _BLOCK = re.compile(r"^((?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\
 
 @dataclass(frozen=True)
 class Stage:
-    """One resolution on the way down or up: its width and, layer by layer, how many transformer blocks follow the
-    resnet (0 where there is no attention)."""
+    """One resolution on the way down or up: its width and, layer by layer, how many transformer blocks follow
+    the resnet (0 where there is no attention)."""
 
     channels: int
     depths: tuple[int, ...]
@@ -128,28 +129,32 @@ def _rename_unet(key: str, places: Mapping[str, str]) -> str:
 
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_LAST = r"\.(weight|bias)$"
+_LEVEL_PARTS = {"block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}
 
 
 def map_vae(tensors: Tensors) -> dict[str, TensorRef]:
     """VAE tensors by diffusers' names, without prefix. Names that are diffusers' already stay as they are."""
     levels = _count(tensors, "decoder.up")
-    rules: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
-        (re.compile(r"^encoder\.down\.(\d+)\.block\.(\d+)\."), lambda m: f"encoder.down_blocks.{m[1]}.resnets.{m[2]}."),
-        (re.compile(r"^encoder\.down\.(\d+)\.downsample\."), lambda m: f"encoder.down_blocks.{m[1]}.downsamplers.0."),
+
+    def place_level(found: re.Match[str]) -> str:
+        half, level, part = found.groups()
         # The decoder counts its levels from the picture inwards, diffusers from the latents outwards.
-        (re.compile(r"^decoder\.up\.(\d+)\.block\.(\d+)\."), lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}."),
-        (re.compile(r"^decoder\.up\.(\d+)\.upsample\."), lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0."),
-        (re.compile(r"^(\w+)\.mid\.block_([12])\."), lambda m: f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}."),
-        (re.compile(r"^(\w+)\.mid\.attn_1\.(norm|q|k|v|proj_out)" + _LAST), lambda m: f"{m[1]}.mid_block.attentions.0.{_ATTENTION[m[2]]}.{m[3]}"),
-        (re.compile(r"^(\w+)\.mid\.attn_1\."), lambda m: f"{m[1]}.mid_block.attentions.0."),
-        (re.compile(r"^(encoder|decoder)\.norm_out\."), lambda m: f"{m[1]}.conv_norm_out."),
-        (re.compile(r"\.nin_shortcut\."), lambda _: ".conv_shortcut."),
-    )  # fmt: skip
+        if half == "encoder.down":
+            return f"encoder.down_blocks.{level}.{_LEVEL_PARTS[part]}."
+        return f"decoder.up_blocks.{levels - 1 - int(level)}.{_LEVEL_PARTS[part]}."
+
+    rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+        (r"^(encoder\.down|decoder\.up)\.(\d+)\.(block|downsample|upsample)\.", place_level),
+        (r"^(\w+)\.mid\.block_([12])\.", lambda found: f"{found[1]}.mid_block.resnets.{int(found[2]) - 1}."),
+        (r"^(\w+)\.mid\.attn_1\.", r"\1.mid_block.attentions.0."),
+        (r"(?<=\.attentions\.0\.)(norm|q|k|v|proj_out)(?=\.)", lambda found: _ATTENTION[found[1]]),
+        (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+    )
     renamed = {}
     for key, ref in tensors.items():
         name = key
         for pattern, replace in rules:
-            name = pattern.sub(replace, name)
+            name = re.sub(pattern, replace, name)
         renamed[name] = ref
     return renamed

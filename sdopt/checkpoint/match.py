@@ -25,8 +25,8 @@ def match_component(
 ) -> ComponentSource:
     """A component whose tensors are exactly those that its config asks for, by today's names and shapes.
 
-    `where` names the file or folder in messages. Raises `CheckpointError` that names up to five tensors that are
-    missing, left over, of another shape or of no float type.
+    `where` names the file or folder in messages. Raises `CheckpointError` that names up to five tensors that
+    are missing, left over, of another shape or of no float type.
     """
     from sdopt.checkpoint.expected import expect_component
 

@@ -15,10 +15,11 @@ from sdopt.model.family import Family, Prediction
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """One network: its diffusers or transformers config, and its tensors by diffusers' or transformers' names.
+    """One network: its diffusers or transformers config, and its tensors by diffusers' or transformers'
+    names.
 
-    The VAE's two halves share a config; the decoder has `decoder.*` and `post_quant_conv.*`, the encoder `encoder.*` and
-    `quant_conv.*`.
+    The VAE's two halves share a config; the decoder has `decoder.*` and `post_quant_conv.*`, the encoder
+    `encoder.*` and `quant_conv.*`.
     """
 
     name: ComponentName

@@ -13,7 +13,8 @@ from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import CheckpointError
 
 _ENDS = {
-    "positional_embedding": "embeddings.position_embedding.weight", "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
 }  # fmt: skip
 _LAYER = {
@@ -23,15 +24,16 @@ _LAYER = {
 _BLOCK = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)$")
 # The picture's half of CLIP, and what belongs to its training.
 _NOT_TEXT = ("visual.", "logit_scale", "attn_mask", "transformer.text_model.", "transformer.embeddings.")
-# SD 2.x files that were converted back from diffusers have lost the layer that is not used: 23 are all there is.
+# SD 2.x files that were converted back from diffusers have lost the layer that is not used: 23 are all there
+# is.
 _SD2_WIDTH, _SD2_LAYERS = 1024, 23
 
 
 def map_openclip(tensors: Mapping[str, TensorRef], *, projected: bool, where: str) -> dict[str, TensorRef]:
     """Tensors by the names of `CLIPTextModel` or, with `projected`, `CLIPTextModelWithProjection`.
 
-    Without a projection it is SD 2.x, which conditions on the last but one layer: the last is left out, as in the
-    published diffusers model, and the final norm follows the one before.
+    Without a projection it is SD 2.x, which conditions on the last but one layer: the last is left out, as in
+    the published diffusers model, and the final norm follows the one before.
     """
     layers = 1 + max((int(found[1]) for key in tensors if (found := _BLOCK.match(key))), default=-1)
     if not layers:

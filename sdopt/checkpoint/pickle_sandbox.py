@@ -1,8 +1,8 @@
 """`.ckpt`, `.bin` and `.pt` files -> safetensors, read in a child process that can do no harm.
 
-Four walls: torch's `weights_only` unpickler, which calls nothing but tensor constructors; limits of memory and time;
-no network; an audit hook that refuses programs, sockets and every file but the one to write. The parent unpickles
-nothing.
+Four walls: torch's `weights_only` unpickler, which calls nothing but tensor constructors; limits of memory
+and time; no network; an audit hook that refuses programs, sockets and every file but the one to write. The
+parent unpickles nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.precision import DType
 
-# Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is read.
+# Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is
+# read.
 _BASE_LIMIT_BYTES = 12 << 30
 _LIMIT_PER_BYTE = 4
 _BASE_TIMEOUT_S = 180.0
@@ -30,14 +31,15 @@ _SLOWEST_BYTES_PER_S = 10e6
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _REFUSED_EVENTS = (
-    "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.startfile", "pty.",
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
-    "os.kill", "os.putenv", "shutil.", "urllib.", "ftplib.", "smtplib.", "webbrowser.",
+    "socket.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.startfile",
+    "pty.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink",
+    "os.truncate", "os.kill", "os.putenv", "shutil.", "urllib.", "ftplib.", "smtplib.", "webbrowser.",
 )  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-# Trainers left objects of these libraries beside the weights of published checkpoints (Stable Diffusion 1.4 has a
-# callback of pytorch_lightning). They become empty objects: nothing of the libraries is imported or run.
+# Trainers left objects of these libraries beside the weights of published checkpoints (Stable Diffusion 1.4
+# has a callback of pytorch_lightning). They become empty objects: nothing of the libraries is imported or
+# run.
 _INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
 _REFUSED_BY_TORCH = (
     "Unsupported global",
@@ -51,8 +53,8 @@ _REFUSED_BY_TORCH = (
 def convert_pickle(path: Path) -> Path:
     """The same tensors as a safetensors file in the cache, by the pickle's SHA-256; converted once.
 
-    Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError` for one that
-    is truncated or holds no tensors.
+    Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError`
+    for one that is truncated or holds no tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint="download it again")
@@ -98,9 +100,11 @@ def convert_in_sandbox(arguments: JsonTable) -> JsonTable:
 
 
 def leave_network() -> bool:
-    """Move this process into a network namespace without interfaces. False where the system does not allow it.
+    """Move this process into a network namespace without interfaces. False where the system does not allow
+    it.
 
-    Must come before threads start. Root needs no user namespace, and would lose its right to read others' files in one.
+    Must come before threads start. Root needs no user namespace, and would lose its right to read others'
+    files in one.
     """
     if sys.platform != "linux":
         return False
@@ -190,9 +194,9 @@ def _find_tensors(loaded: Any, torch: Any, shown: str) -> dict[str, Any]:
 def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> None:
     """Write one tensor after the other: memory holds one, whatever the file's size."""
     known = {
-        torch.float64: DType.FP64, torch.float32: DType.FP32, torch.float16: DType.FP16, torch.bfloat16: DType.BF16,
-        torch.int64: DType.INT64, torch.int32: DType.INT32, torch.int16: DType.INT16, torch.int8: DType.INT8,
-        torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
+        torch.float64: DType.FP64, torch.float32: DType.FP32, torch.float16: DType.FP16,
+        torch.bfloat16: DType.BF16, torch.int64: DType.INT64, torch.int32: DType.INT32,
+        torch.int16: DType.INT16, torch.int8: DType.INT8, torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
     }  # fmt: skip
     odd = next(
         (name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None

@@ -23,7 +23,8 @@ def find_prediction(
 ) -> Prediction | None:
     """What the UNet predicts: a sign among the tensors, then the metadata, then the family's habit.
 
-    None for SD 2.x without a sign: it was published both ways. Raises `CheckpointError` for models of the EDM kind.
+    None for SD 2.x without a sign: it was published both ways. Raises `CheckpointError` for models of the EDM
+    kind.
     """
     if any(sign in names for sign in _SIGNS_OF_EDM):
         raise CheckpointError(
@@ -39,7 +40,8 @@ def find_prediction(
 
 
 def make_scheduler(family: Family, prediction: Prediction | None, names: Collection[str]) -> dict[str, Any]:
-    """The published models' scheduler config of a family; without `prediction_type` where that is not known."""
+    """The published models' scheduler config of a family; without `prediction_type` where that is not
+    known."""
     zero_snr = _SIGN_OF_ZERO_SNR in names
     kind = "sdxl" if family.is_xl else family.value
     if family is Family.SD1 and zero_snr:

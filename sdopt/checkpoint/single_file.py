@@ -66,7 +66,8 @@ _PLACES: Mapping[Family, tuple[_EncoderPlace, ...]] = {
 def open_single_file(
     path: Path, source: SourceRecord, *, vae: str, prediction: Prediction | None
 ) -> Checkpoint:
-    """Read a whole model from one file. Raises `CheckpointError` that names what the file is instead, or lacks."""
+    """Read a whole model from one file. Raises `CheckpointError` that names what the file is instead, or
+    lacks."""
     file, where = open_tensors_file(path), str(path)
     bare, layout = map_unet(_select_unet(file.tensors, where), where)
     family = infer_family(
@@ -105,7 +106,7 @@ def _select_unet(tensors: Tensors, where: str) -> dict[str, TensorRef]:
         raise CheckpointError(f"{where} is {kind}, no Stable Diffusion checkpoint", hint=advise(kind))
     some = ", ".join(sorted(tensors)[:3])
     raise CheckpointError(
-        f"{where} has no UNet of Stable Diffusion: no tensor {_UNET}input_blocks.0.0.weight (it has {some} …)",
+        f"{where} has no UNet of Stable Diffusion: no {_UNET}input_blocks.0.0.weight (it has {some} …)",
         hint=advise(""),
     )
 

@@ -19,9 +19,10 @@ from sdopt.model.family import Prediction
 def open_checkpoint(source: str, *, vae: str = "", prediction: Prediction | None = None) -> Checkpoint:
     """Open a diffusers folder, a single file or a Hugging Face id; no tensor is loaded.
 
-    `vae` replaces the model's VAE: a diffusers VAE folder or a single file. `prediction` overrides what the model says.
-    Raises `CheckpointError` for what is missing, damaged or of another family, `UnsafeInputError` for a pickle that
-    wants to run code or a file that contradicts itself. Asks the network only for an id that is no local path.
+    `vae` replaces the model's VAE: a diffusers VAE folder or a single file. `prediction` overrides what the
+    model says. Raises `CheckpointError` for what is missing, damaged or of another family, `UnsafeInputError`
+    for a pickle that wants to run code or a file that contradicts itself. Asks the network only for an id
+    that is no local path.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -36,7 +37,7 @@ def open_checkpoint(source: str, *, vae: str = "", prediction: Prediction | None
     if not is_hub_id(source):
         raise CheckpointError(
             f"there is no file or folder {source}",
-            hint="SOURCE is a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id such as owner/name",
+            hint="give a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id as owner/name",
         )
     snapshot = fetch_snapshot(source)
     record = SourceRecord(kind="huggingface", location=source.partition("@")[0], revision=snapshot.revision)

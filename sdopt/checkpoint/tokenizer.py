@@ -1,6 +1,8 @@
-"""CLIP's tokenizer for single files, which carry none: folders as transformers reads them, derived from the merges.
+"""CLIP's tokenizer for single files, which carry none: folders as transformers reads them, derived from the
+merges.
 
-The vocabulary follows from the merges: 256 byte characters, the same at a word's end, the merges in order, two marks.
+The vocabulary follows from the merges: 256 byte characters, the same at a word's end, the merges in order,
+two marks.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def _list_tokens(merges: str) -> list[str]:
 
 
 def _byte_characters() -> list[str]:
-    """One visible character for each byte, as GPT-2 chose them: printable bytes stand for themselves, and come first."""
+    """One visible character for each byte, as GPT-2 chose them: printable bytes stand for themselves, and
+    come first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

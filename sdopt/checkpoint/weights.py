@@ -1,4 +1,5 @@
-"""The weight files of one component's folder -> tensors by name. Variants, shards, links and pickles end here."""
+"""The weight files of one component's folder -> tensors by name. Variants, shards, links and pickles end
+here."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ _JSON_LIMIT_BYTES = 64 << 20
 def open_component_weights(folder: Path) -> Mapping[str, TensorRef]:
     """Tensors of a component's folder as diffusers and transformers write it.
 
-    The plain file is preferred to a variant (`fp16` to any other), and safetensors to pickles, which are converted in
-    a sandbox. Raises `CheckpointError` where there are no weights or a shard is missing.
+    The plain file is preferred to a variant (`fp16` to any other), and safetensors to pickles, which are
+    converted in a sandbox. Raises `CheckpointError` where there are no weights or a shard is missing.
     """
     for kind in _KINDS:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -47,8 +48,8 @@ def open_tensors(path: Path) -> Mapping[str, TensorRef]:
 def open_tensors_file(path: Path) -> SafetensorsFile:
     """One weight file by what it is, not by its name: safetensors as it is, a pickle through the sandbox.
 
-    Raises `CheckpointError` for a file that is missing, damaged or of another format, `UnsafeInputError` for one that
-    contradicts itself or wants to run code.
+    Raises `CheckpointError` for a file that is missing, damaged or of another format, `UnsafeInputError` for
+    one that contradicts itself or wants to run code.
     """
     try:
         with path.open("rb") as file:
@@ -69,10 +70,11 @@ def open_tensors_file(path: Path) -> SafetensorsFile:
 
 
 def follow_link(path: Path) -> Path:
-    """The real file. A link must stay inside the model's folder or inside the Hugging Face cache that holds it.
+    """The real file. A link must stay inside the model's folder or inside the Hugging Face cache that holds
+    it.
 
-    The cache keeps `snapshots/REVISION/unet/x.safetensors` as a link to `blobs/DIGEST`. Give a `path` whose model's
-    folder is resolved: only links inside it are meant here.
+    The cache keeps `snapshots/REVISION/unet/x.safetensors` as a link to `blobs/DIGEST`. Give a `path` whose
+    model's folder is resolved: only links inside it are meant here.
     """
     real = path.resolve()
     model = path.parent if (path.parent / INDEX_NAME).exists() else path.parent.parent
@@ -115,7 +117,8 @@ def _order_variants(names: set[str], stem: str, kind: str) -> list[str]:
 
 
 def _with_variant(name: str, variant: str) -> str:
-    """`model.safetensors` -> `model.fp16.safetensors`; an index gets it before its last part, as the libraries do."""
+    """`model.safetensors` -> `model.fp16.safetensors`; an index gets it before its last part, as the
+    libraries do."""
     if not variant:
         return name
     head, _, last = name.rpartition(".")

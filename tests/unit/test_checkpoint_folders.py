@@ -1,4 +1,5 @@
-"""diffusers folders as they are found: variants, shards, pickles, old names, links, and what is wrong with them."""
+"""diffusers folders as they are found: variants, shards, pickles, old names, links, and what is wrong with
+them."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from tests.checkpoints import make_model, read_tensor, small_recipe, vae_to_original, write_folder
 
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -230,15 +232,15 @@ def truncate_weights(folder: Path) -> None:
         (change_config("unet/config.json", _class_name="UNet3DConditionModel"), "UNet3DConditionModel"),
         (change_config("unet/config.json", class_embed_type="projection"), "class_embed_type='projection'"),
         (change_config("vae/config.json", _class_name="AutoencoderTiny"), "AutoencoderTiny"),
-        (change_config("model_index.json", _class_name="FluxPipeline"), "FluxPipeline, not one of Stable Diffusion"),
-        (change_config("model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline, not"),
-        (change_config("model_index.json", text_encoder=["transformers", "T5EncoderModel"]), "T5EncoderModel"),
+        (change_config(INDEX, _class_name="FluxPipeline"), "FluxPipeline, not one of Stable Diffusion"),
+        (change_config(INDEX, _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline, not"),
+        (change_config(INDEX, text_encoder=["transformers", "T5EncoderModel"]), "T5EncoderModel"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks the folder vae"),
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "has no text encoder"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "lacks tokenizer/vocab.json"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), r"lacks unet/config\.json"),
-        (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), r"scheduler_config\.json is missing"),
-        (lambda folder: (folder / "model_index.json").unlink(), r"no diffusers model: it has no model_index\.json"),
+        (lambda folder: (folder / SCHEDULER).unlink(), r"scheduler_config\.json is missing"),
+        (lambda folder: (folder / INDEX).unlink(), r"no diffusers model: it has no model_index\.json"),
         (lambda folder: (folder / "bundle.json").touch(), "is a bundle that sdopt built"),
     ],
 )  # fmt: skip
@@ -291,10 +293,11 @@ def test_an_id_is_looked_up_in_the_cache_when_offline(
 
 def test_the_files_of_a_repository_that_are_downloaded() -> None:
     names = [
-        "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "scheduler/scheduler_config.json",
-        "unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
+        "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors",
+        "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
         "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack",
         "text_encoder_2/config.json", "text_encoder_2/model-00001-of-00002.safetensors",
         "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.safetensors.index.json",
@@ -303,8 +306,9 @@ def test_the_files_of_a_repository_that_are_downloaded() -> None:
     chosen = hub.choose_files(names, "owner/name")
     assert chosen == sorted([
         "model_index.json", "README.md", "scheduler/scheduler_config.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder_2/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "text_encoder/pytorch_model.bin", "text_encoder_2/config.json",
         "text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors",
         "text_encoder_2/model.safetensors.index.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
     ])  # fmt: skip
@@ -319,6 +323,7 @@ def test_the_files_of_a_repository_that_are_downloaded() -> None:
         ("owner/name", True),
         ("o/n-1.5", True),
         ("o/n@fp16", True),
+        ("a/b.ckpt", False),
         ("name", False),
         ("a/b/c", False),
         ("./a", False),

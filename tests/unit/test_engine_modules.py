@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reference_session import ReferenceSession
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdopt.errors import ShapeError, UsageError
@@ -18,9 +17,11 @@ from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network
 from sdopt.pipeline.batches import run_rows
 from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
+from tests.reference_session import ReferenceSession
 
 UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "block_out_channels": [8, 16]}
 VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [8, 16]}
+ONE = Extent.static(1)
 CLIP = {
     "architectures": ["CLIPTextModel"], "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
     "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 7, "projection_dim": 16,
@@ -52,7 +53,7 @@ class Rescale(torch.nn.Module):
 
 
 def make_unet(
-    *, batch: Extent = Extent.static(1), dtype: DType = DType.FP32, **config: Any
+    *, batch: Extent = ONE, dtype: DType = DType.FP32, **config: Any
 ) -> tuple[EngineUNet, ReferenceSession]:
     merged = UNET | config
     spec = describe_component(ComponentName.UNET, merged, Family.SDXL, dtype)
@@ -143,8 +144,10 @@ def test_unet_of_another_size_names_the_size_built_in_pixels() -> None:
 
 def test_xl_unet_has_what_the_pipeline_checks_and_needs_its_conditions() -> None:
     config = {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 2, "projection_class_embeddings_input_dim": 17,
-    }  # fmt: skip
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 2,
+        "projection_class_embeddings_input_dim": 17,
+    }
     unet, _ = make_unet(**config)
     assert unet.add_embedding.linear_1.in_features == 17
     conditions = {"text_embeds": torch.ones(2, 5), "time_ids": torch.ones(2, 6)}

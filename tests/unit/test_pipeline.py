@@ -1,5 +1,4 @@
-"""A bundle of the shipped checkpoint, on reference sessions, against the same checkpoint in plain diffusers.
-"""
+"""A bundle of the shipped checkpoint, on reference sessions, against the same checkpoint in plain diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 
 import sdopt
 from sdopt.artifacts.manifest import write_manifest
@@ -21,6 +19,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.generate import GenerateRequest, generate, generate_all, parse_request
+from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -190,7 +189,7 @@ def test_damaged_bundles_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(whole)
     config = bundle.folder / "scheduler" / "scheduler_config.json"
     config.write_text("[")
-    with pytest.raises(ArtifactError, match="cannot read .*scheduler_config"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*scheduler_config"):
         assemble_pipeline(bundle.folder, bundle.manifest, bundle.sessions)
     config.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(ArtifactError, match="'StableDiffusionPipeline' is not one"):

@@ -12,28 +12,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.reference_session import TINY_SHAPES, make_bundle
 
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.generate import GenerateRequest, generate
 from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName, label_of, make_scheduler, parse_scheduler
+from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 # As published: stable-diffusion-v1-5 (PNDM), SDXL-base-1.0 (Euler), and a zero-SNR v-prediction model.
 SD15 = {
-    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
-    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
 }  # fmt: skip
 SDXL = {
-    "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "clip_sample": False, "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
-    "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-    "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False,
+    "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_start": 0.00085, "clip_sample": False,
+    "beta_schedule": "scaled_linear", "interpolation_type": "linear", "num_train_timesteps": 1000,
+    "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False,
 }  # fmt: skip
 ZERO_SNR = SDXL | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 FIT_ZERO_SNR = {"ddim", "ddpm", "euler", "euler_a", "dpm++2m", "dpm++2m_sde", "unipc", "lcm"}
@@ -63,7 +63,7 @@ def test_table_covers_every_name() -> None:
 
 def test_names_are_read_without_diffusers_or_torch() -> None:
     code = (
-        "import sys; from sdopt.pipeline.schedulers import SchedulerName, parse_scheduler; parse_scheduler('Euler a');"
+        "import sys; from sdopt.pipeline.schedulers import parse_scheduler; parse_scheduler('Euler a');"
         "import sdopt.pipeline.generate, sdopt.cli.generate;"
         "assert not {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()"
     )
@@ -84,12 +84,19 @@ def test_names_and_labels_are_understood(name: SchedulerName) -> None:
         assert parse_scheduler(text) is name
 
 
-@given(st.text(max_size=30))
+def squeezed(text: str) -> str:
+    return "".join(text.lower().replace("_", "").replace("-", "").split())
+
+
+@given(st.text(max_size=30) | st.sampled_from(SchedulerName).map(lambda name: f" {name}- "))
 def test_any_other_name_is_a_usage_error(text: str) -> None:
-    try:
+    known = {squeezed(name) for name in SchedulerName} | {squeezed(e.label) for e in SCHEDULERS.values()}
+    if squeezed(text) in known:
         assert parse_scheduler(text) in SchedulerName
-    except UsageError as error:
-        assert "Known: ddim" in error.hint
+        return
+    with pytest.raises(UsageError) as caught:
+        parse_scheduler(text)
+    assert "Known: ddim" in caught.value.hint
 
 
 def test_unknown_name_gets_the_nearest() -> None:

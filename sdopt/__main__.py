@@ -1,0 +1,5 @@
+"""`python -m sdopt`."""
+
+from sdopt.cli.main import main
+
+main()

@@ -1,0 +1,120 @@
+"""`sdopt convert`: flags and a recipe file -> a build, its plan, or the reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from sdopt import progress
+from sdopt.artifacts.files import write_file
+from sdopt.errors import RecipeError
+from sdopt.model.recipe import BuildRecipe, parse_recipe
+
+if TYPE_CHECKING:
+    from sdopt.artifacts.manifest import BundleManifest
+    from sdopt.build.steps import Step
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: engines/NAME]")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with any of the settings.")
+@click.option("--target", metavar="NAME", help="cpu (the fastest runtime here), openvino, onnxruntime.")
+@click.option("--precision", metavar="NAME", help="auto, fp32, bf16, fp16.")
+@click.option("--size", metavar="WxH", help="Pixels.  [default: the model's own]")
+@click.option("--batch", type=int, help="Pictures a run.  [default: 1]")
+@click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder or a single file.")
+@click.option("--no-verify", is_flag=True, help="Publish without parity and fidelity; the manifest says so.")
+@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write what ran as a TOML recipe.")
+@click.option("--dry-run", is_flag=True, help="Show the steps, and do none.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest (or the steps) as JSON on stdout.")
+def convert(
+    source: str | None, output: Path | None, recipe_file: Path | None, no_verify: bool, save_recipe: Path | None,
+    dry_run: bool, as_json: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Turn SOURCE into a bundle of engines that is proven to draw the same pictures.
+
+    SOURCE is a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id. Killed at any point, the same
+    command goes on where it was. Exit code 3: the engines do not draw what torch draws, and nothing was published.
+    """
+    recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify)
+    from sdopt.build.convert import convert as build
+    from sdopt.build.open import open_plan
+    from sdopt.build.steps import list_steps
+
+    output = output or Path("engines") / _default_name(recipe.source)
+    with progress.shown_on_stderr():
+        plan = open_plan(recipe)
+        if save_recipe is not None:
+            write_file(save_recipe, dump_recipe(plan.recipe))
+        steps = list_steps(plan, output) if dry_run else []
+        manifest = None if dry_run else build(plan, output)
+    if manifest is None:
+        _show_steps(steps, as_json)
+    elif as_json:
+        print(json.dumps({"folder": str(output), "manifest": manifest.model_dump(mode="json")}, ensure_ascii=False))
+    else:
+        _show_bundle(output, manifest)
+
+
+def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -> BuildRecipe:
+    """Flag over file over default. Raises `RecipeError` naming the file or the command line."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {file} is no TOML: {error}") from error
+        parse_recipe(values, where=str(file))
+    values |= {key: value for key, value in flags.items() if value is not None}
+    if no_verify:
+        values["verify"] = {**values.get("verify", {}), "enabled": False}
+    recipe = parse_recipe(values, where="the command line")
+    if not recipe.source:
+        raise RecipeError("no SOURCE was given", hint="sdopt convert MODEL -o FOLDER; try sdopt/assets/tiny-shapes")
+    return recipe
+
+
+def dump_recipe(recipe: BuildRecipe) -> bytes:
+    """A recipe as TOML that `--recipe` reads again."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)).encode()
+
+
+def _default_name(source: str) -> str:
+    name = Path(source.rstrip("/")).name
+    return name.removesuffix(".safetensors").removesuffix(".ckpt") or "bundle"
+
+
+def _show_steps(steps: list[Step], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"steps": [dataclasses.asdict(step) for step in steps]}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "of", "", "disk MB", "peak memory MB", "seconds, about", title="what convert will do")
+    for step in steps:
+        todo = "" if step.found else f"{step.expected_s:.0f}"
+        table.add_row(
+            step.stage, step.component, "found" if step.found else "to do", f"{step.disk_bytes / 1e6:,.0f}",
+            f"{step.memory_bytes / 1e6:,.0f}", todo,
+        )  # fmt: skip
+    Console(stderr=True).print(table)
+
+
+def _show_bundle(output: Path, manifest: BundleManifest) -> None:
+    for name, record in manifest.components.items():
+        parity = f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
+        print(f"{name}: {record.precision} on {record.backend.kind}, {parity}", file=sys.stderr)
+    print(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}", file=sys.stderr)
+    print(f'\n{output} is ready. Next:\n  sdopt generate {output} "a prompt"\n  sdopt bench {output}', file=sys.stderr)

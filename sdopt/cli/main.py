@@ -1,0 +1,73 @@
+"""`sdopt`: the table of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import rich_click as click
+
+import sdopt
+from sdopt.errors import SdoptError
+from sdopt.isolation import kill_children
+
+_INTERRUPTED = 130
+
+_COMMANDS = {
+    "convert": "Turn a checkpoint into a verified bundle of engines.",
+    "generate": "Draw pictures with a bundle.",
+    "bench": "Compare a bundle with torch: speed, memory, pictures.",
+    "check": "Is a bundle whole, and can this machine run it?",
+    "inspect": "Say what a file or folder is: bundle, ONNX graph, checkpoint.",
+    "doctor": "Say which runtimes work here, and how to get the others.",
+}
+
+
+class _LazyGroup(click.RichGroup):
+    """Lists commands from the table; imports a command's module only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return click.Command(cmd_name, help=_COMMANDS[cmd_name]) if cmd_name in _COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None:
+            command = getattr(importlib.import_module(f"sdopt.cli.{name}"), name)
+        return name, command, rest
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(sdopt.__version__, prog_name="sdopt")
+def cli() -> None:
+    """Stable Diffusion engines that are proven faster and proven to draw the same picture."""
+
+
+def main() -> None:
+    """Entry of the console script. Exits with the codes of `sdopt.errors`; 130 when interrupted."""
+    try:
+        code: Any = cli.main(standalone_mode=False)
+    except SdoptError as error:
+        _report(type(error).__name__, error.message, error.hint)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        kill_children()
+        print("interrupted; what is done is kept, run the same command to go on", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(kind: str, message: str, hint: str) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"kind": kind, "message": message, "hint": hint}}, ensure_ascii=False))
+    # A message may name a file whose name holds escape sequences.
+    lines = [f"error: {message}", *([hint] if hint else [])]
+    for line in lines:
+        print("".join(char if char.isprintable() or char == "\n" else "�" for char in line), file=sys.stderr)
