@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sdopt._version import __version__
+
 if TYPE_CHECKING:
     from os import PathLike
 
     from diffusers import DiffusionPipeline
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
@@ -20,7 +21,7 @@ def load(folder: str | PathLike[str], *, scheduler: str | None = None) -> Diffus
     """Open a bundle as a real diffusers pipeline whose networks are engine sessions.
 
     `scheduler` is one of the names that `sdopt generate --help` lists; None keeps the bundle's own. Raises
-    `ArtifactError` for a folder that is no valid bundle, and `EnvironmentMissingError` where this machine cannot run it.
+    `ArtifactError` for a folder that is no valid bundle, `EnvironmentMissingError` where this machine cannot run it.
     """
     from sdopt.pipeline.load import load_pipeline
 

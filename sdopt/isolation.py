@@ -83,11 +83,14 @@ def kill_children() -> None:
         child.kill()
 
 
-def _converse(child: subprocess.Popen[str], arguments: JsonTable, deadline: float | None, target: str) -> JsonTable | None:
+def _converse(
+    child: subprocess.Popen[str], arguments: JsonTable, deadline: float | None, target: str
+) -> JsonTable | None:
     """Send the arguments, pass progress on, and return the last message, or None where the child died."""
     import threading
 
-    assert child.stdin and child.stdout
+    assert child.stdin is not None
+    assert child.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         json.dump(arguments, child.stdin)
         child.stdin.close()
@@ -131,7 +134,10 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 def _death(target: str, returncode: int, stderr: str) -> SdoptError:
     if returncode == -signal.SIGKILL:
-        return MissingHardware(f"{target} was killed, most likely for lack of memory", hint="close other programs, or choose a smaller --size or --batch")
+        return MissingHardware(
+            f"{target} was killed, most likely for lack of memory",
+            hint="close other programs, or choose a smaller --size or --batch",
+        )
     how = signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
     return SdoptError(f"{target} ended with {how}\n{stderr[-_STDERR_SHOWN_CHARS:]}")
 
@@ -168,7 +174,11 @@ def _call(target: str, arguments: JsonTable, channel: IO[str]) -> JsonTable:
     except SdoptError as error:
         return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
     except MemoryError:
-        return {"error": "MissingHardware", "message": f"{target} ran out of memory", "hint": "close other programs, or choose a smaller --size or --batch"}
+        return {
+            "error": "MissingHardware",
+            "message": f"{target} ran out of memory",
+            "hint": "close other programs, or choose a smaller --size or --batch",
+        }
     except Exception:
         return {"error": "", "message": traceback.format_exc(), "hint": ""}
     return {"value": value, "peak_rss_bytes": peak_rss_bytes()}

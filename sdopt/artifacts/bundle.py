@@ -40,4 +40,6 @@ def find_damage(folder: Path, files: Mapping[str, FileRecord], *, only: Iterable
 def require_intact(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """Raise `ArtifactError` naming every damaged file. Graphs and plans are opened only after this."""
     if damage := find_damage(folder, files):
-        raise ArtifactError(f"{folder} is damaged: " + "; ".join(damage), hint="run the sdopt convert command that made it again")
+        raise ArtifactError(
+            f"{folder} is damaged: " + "; ".join(damage), hint="run the sdopt convert command that made it again"
+        )

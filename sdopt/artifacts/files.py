@@ -32,7 +32,14 @@ def resolve_inside(folder: Path, relative: str) -> Path:
     Links are refused too, at every level: a manifest must not make sdopt read or write elsewhere.
     """
     pure = PurePosixPath(relative)
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or ":" in relative or "\0" in relative:
+    if (
+        not relative
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in relative
+        or ":" in relative
+        or "\0" in relative
+    ):
         raise UnsafeInputError(f"the path {relative!r} is not a relative path inside {folder}")
     path = folder
     for part in pure.parts:
@@ -75,7 +82,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MissingHardware(f"the disk is full while writing {path}", hint="free some space, then run the same command again: what is done is kept") from error
+            raise MissingHardware(
+                f"the disk is full while writing {path}",
+                hint="free some space, then run the same command again: what is done is kept",
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ArtifactError(f"no permission to write {path}", hint="choose another folder with -o") from error
         raise

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import sdopt
+from sdopt._version import __version__
 from sdopt.artifacts.manifest import EnvironmentRecord
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy")
@@ -22,7 +22,7 @@ def describe_machine() -> EnvironmentRecord:
     flags = set((re.search(r"^flags\s*:(.*)$", cpuinfo, re.M) or [""])[0].split())
     name = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.M)
     return EnvironmentRecord(
-        sdopt=sdopt.__version__,
+        sdopt=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         processor=name[1] if name else platform.processor() or platform.machine(),

@@ -1,6 +1,6 @@
 """`bundle.json`: what a bundle is, where it came from, and what was proven of it.
 
-The format is an API: `schema_version` counts its changes, unknown keys are refused, and each defect has its own message.
+The format is an API: `schema_version` counts its changes, unknown keys are refused, each defect has its own message.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Verdict(StrEnum):
 class ImageFidelity(_Record):
     """One picture of the engines against torch fp32 from the same initial latents.
 
-    PSNR in dB (infinity is written as null), SSIM and MS-SSIM in [0, 1], the least cosine of the latents over the steps.
+    PSNR in dB (null for equal pictures), SSIM and MS-SSIM in [0, 1], the least cosine of the latents over the steps.
     """
 
     prompt: str
@@ -151,7 +151,10 @@ def read_manifest(folder: Path) -> BundleManifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise ArtifactError(f"{folder} is no sdopt bundle: it has no {MANIFEST_NAME}", hint=f"make one with: sdopt convert MODEL -o {folder}")
+        raise ArtifactError(
+            f"{folder} is no sdopt bundle: it has no {MANIFEST_NAME}",
+            hint=f"make one with: sdopt convert MODEL -o {folder}",
+        )
     if path.stat().st_size > _LIMIT_BYTES:
         raise ArtifactError(f"{path} is larger than any manifest")
     try:
@@ -160,12 +163,17 @@ def read_manifest(folder: Path) -> BundleManifest:
         raise ArtifactError(f"{path} is damaged: {error}", hint="build the bundle again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise ArtifactError(f"{path} has schema {version}, and this sdopt reads up to {SCHEMA_VERSION}", hint="pip install --upgrade sdopt")
+        raise ArtifactError(
+            f"{path} has schema {version}, and this sdopt reads up to {SCHEMA_VERSION}",
+            hint="pip install --upgrade sdopt",
+        )
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ArtifactError(f"{path}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}", hint="build the bundle again") from error
+        raise ArtifactError(
+            f"{path}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}", hint="build the bundle again"
+        ) from error
     for relative in manifest.files:
         resolve_inside(folder, relative)
     return manifest

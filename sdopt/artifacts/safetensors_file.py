@@ -69,7 +69,10 @@ def read_header(path: Path) -> SafetensorsFile:
                 raise CheckpointError(f"{path} is no safetensors file: it has {len(prefix)} bytes")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
-                raise CheckpointError(f"{path} is no safetensors file, or it is truncated: its header should have {header_bytes} bytes", hint="download it again")
+                raise CheckpointError(
+                    f"{path} is no safetensors file, or it is truncated: its header should have {header_bytes} bytes",
+                    hint="download it again",
+                )
             raw = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
@@ -108,12 +111,16 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
         case _:
             raise UnsafeInputError(f"{path}: the entry of tensor {name!r} is malformed")
     if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use"
+        )
     if not all(isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0 for axis in shape):
         raise UnsafeInputError(f"{path}: tensor {name!r} has the shape {shape}")
     ref = TensorRef(path, _DTYPES[dtype], tuple(shape), start + begin)
     if begin < 0 or end - begin != ref.nbytes:
-        raise UnsafeInputError(f"{path}: tensor {name!r} of shape {shape} should have {ref.nbytes} bytes, not {end - begin}")
+        raise UnsafeInputError(
+            f"{path}: tensor {name!r} of shape {shape} should have {ref.nbytes} bytes, not {end - begin}"
+        )
     return ref
 
 
@@ -126,7 +133,9 @@ def _check_ranges(path: Path, tensors: Mapping[str, TensorRef], start: int, size
             raise UnsafeInputError(f"{path}: {ref.offset_bytes - position} unnamed bytes lie before tensor {name!r}")
         position += ref.nbytes
     if position > size_bytes:
-        raise CheckpointError(f"{path} is truncated: {position} bytes are named and {size_bytes} are there", hint="download it again")
+        raise CheckpointError(
+            f"{path} is truncated: {position} bytes are named and {size_bytes} are there", hint="download it again"
+        )
     if position < size_bytes:
         raise UnsafeInputError(f"{path}: {size_bytes - position} unnamed bytes lie after the last tensor")
 

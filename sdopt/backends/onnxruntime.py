@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU. It has no bf16 path there; its attention is one fused kernel where the graph has `Attention`."""
+"""ONNX Runtime on the CPU. It has no bf16 path there, and runs the native `Attention` as one kernel."""
 
 from __future__ import annotations
 
@@ -77,5 +77,7 @@ class OnnxRuntimeSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -85,7 +85,9 @@ class Session(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Backend(Protocol):
@@ -115,4 +117,6 @@ def check_inputs(spec: ComponentSpec, extents: Mapping[str, Extent], inputs: Map
                     hint="build another with sdopt convert --size / --batch",
                 )
             if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
-                raise ShapeError(f"{spec.name}: axis {axis!r} is {sizes[axis]} in one input and {size} in {tensor.name}")
+                raise ShapeError(
+                    f"{spec.name}: axis {axis!r} is {sizes[axis]} in one input and {size} in {tensor.name}"
+                )

@@ -114,7 +114,9 @@ def _show_steps(steps: list[Step], as_json: bool) -> None:
 
 def _show_bundle(output: Path, manifest: BundleManifest) -> None:
     for name, record in manifest.components.items():
-        parity = f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
+        parity = (
+            f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
+        )
         print(f"{name}: {record.precision} on {record.backend.kind}, {parity}", file=sys.stderr)
     print(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}", file=sys.stderr)
     print(f'\n{output} is ready. Next:\n  sdopt generate {output} "a prompt"\n  sdopt bench {output}', file=sys.stderr)

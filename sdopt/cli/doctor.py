@@ -35,7 +35,9 @@ def doctor(as_json: bool) -> None:
     for probe in probes:
         table_view.add_row(probe.backend, probe.version, ", ".join(probe.precisions), probe.missing, probe.remedy)
     console = Console(stderr=True)
-    console.print(f"{machine.processor} ({', '.join(machine.cpu_features) or 'no vector features known'}), {machine.system}")
+    console.print(
+        f"{machine.processor} ({', '.join(machine.cpu_features) or 'no vector features known'}), {machine.system}"
+    )
     console.print(f"Python {machine.python}; " + ", ".join(f"{k} {v}" for k, v in machine.libraries.items()))
     console.print(table_view)
     precision = getattr(choice, "inference_precision", Precision.FP32)

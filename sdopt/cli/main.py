@@ -9,7 +9,7 @@ from typing import Any
 
 import rich_click as click
 
-import sdopt
+from sdopt._version import __version__
 from sdopt.errors import SdoptError
 from sdopt.isolation import kill_children
 
@@ -34,7 +34,9 @@ class _LazyGroup(click.RichGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return click.Command(cmd_name, help=_COMMANDS[cmd_name]) if cmd_name in _COMMANDS else None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
             command = getattr(importlib.import_module(f"sdopt.cli.{name}"), name)
@@ -42,7 +44,7 @@ class _LazyGroup(click.RichGroup):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(sdopt.__version__, prog_name="sdopt")
+@click.version_option(__version__, prog_name="sdopt")
 def cli() -> None:
     """Stable Diffusion engines that are proven faster and proven to draw the same picture."""
 

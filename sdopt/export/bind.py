@@ -36,9 +36,13 @@ def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, .
             continue
         ref = places.get(name)
         if ref is None or value.shape is None or tuple(value.shape.numpy()) != ref.shape:
-            raise ExportError(f"the graph names the weight {name!r} of shape {value.shape}, which the weight file has not")
+            raise ExportError(
+                f"the graph names the weight {name!r} of shape {value.shape}, which the weight file has not"
+            )
         # base_dir is left empty: nothing is read here, and the graph is kept apart from its weights.
-        tensor = ir.ExternalTensor(WEIGHTS_NAME, ref.offset_bytes, ref.nbytes, _IR_DTYPES[ref.dtype], shape=ir.Shape(ref.shape), name=name)
+        tensor = ir.ExternalTensor(
+            WEIGHTS_NAME, ref.offset_bytes, ref.nbytes, _IR_DTYPES[ref.dtype], shape=ir.Shape(ref.shape), name=name
+        )
         if ref.dtype.is_float and ref.dtype is not graph_dtype:
             casts.append(_cast_up(graph, value, tensor, graph_dtype))
         value.const_value = tensor

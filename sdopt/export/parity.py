@@ -1,7 +1,7 @@
 """Is the graph still the network? Seeded inputs, torch fp32's outputs, and how far an engine is from them.
 
-The reference runs on the checkpoint's own tensors, not on the bundle's copy, so a damaged copy is found too. The engine's
-side is not here: exports know no runtime.
+The reference runs on the checkpoint's own tensors, not on the bundle's copy, so a damaged copy is found too. The
+engine's side is not here: exports know no runtime.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ def run_reference(
 
 
 def compare_outputs(
-    spec: ComponentSpec, reference: Mapping[str, Tensor], engine: Mapping[str, Tensor], *, runtime: str, graph_dtype: DType
+    spec: ComponentSpec,
+    reference: Mapping[str, Tensor],
+    engine: Mapping[str, Tensor],
+    *,
+    runtime: str,
+    graph_dtype: DType,
 ) -> ParityRecord:
     """Compare every output. NaN or infinity in the engine's fails, whatever the reference has there."""
     limit = spec.tolerance.scaled(_FP16_FACTOR) if graph_dtype is DType.FP16 else spec.tolerance

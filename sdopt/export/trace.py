@@ -57,7 +57,8 @@ def trace_component(
         try:
             program = torch.onnx.export(
                 network, inputs, dynamo=True, optimize=False, verbose=False, opset_version=_OPSETS[dialect],
-                input_names=[tensor.name for tensor in spec.inputs], output_names=[tensor.name for tensor in spec.outputs],
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=_dynamic_shapes(spec, extents) if dynamic else None,
             )  # fmt: skip
         except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:

@@ -37,7 +37,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def storage_dtype(source: DType, graph: DType) -> DType:
-    """What a weight is kept in: its own 16 bits under an fp32 graph (which casts it up, losing nothing), else the graph's."""
+    """What a weight is kept in: its own 16 bits under an fp32 graph (a cast up loses nothing), else the graph's type."""
     if graph is DType.FP32 and source in (DType.FP16, DType.BF16):
         return source
     return graph
@@ -71,7 +71,7 @@ def write_weights(path: Path, tensors: Mapping[str, TensorRef], graph: DType, *,
         for chunk in _stream(tensors, {name: ref.dtype for name, ref in layout.tensors.items()}):
             if hashing is not None:
                 hashing.result()
-            hashing = hasher.submit(digest.update, chunk)
+            hashing = hasher.submit(digest.update, chunk.data)
             _write_all(file.fileno(), chunk)
             written += chunk.nbytes
             progress.update(label, written / layout.size_bytes)
@@ -82,7 +82,7 @@ def write_weights(path: Path, tensors: Mapping[str, TensorRef], graph: DType, *,
 
 
 def _write_all(descriptor: int, chunk: Bytes) -> None:
-    view = memoryview(chunk)
+    view = chunk.data
     while view:
         view = view[os.write(descriptor, view) :]
 
@@ -127,7 +127,7 @@ def _copy_run(names: list[str], tensors: Mapping[str, TensorRef]) -> Iterator[By
 
 
 def _read_exactly(descriptor: int, buffer: Bytes, file: Path) -> None:
-    view, filled = memoryview(buffer), 0
+    view, filled = buffer.data, 0
     while filled < len(view):
         count = os.readv(descriptor, [view[filled:]])
         if not count:
@@ -146,7 +146,10 @@ def _is_finite(data: Bytes, dtype: DType) -> bool:
 def _find_nonfinite(names: list[str], tensors: Mapping[str, TensorRef]) -> CheckpointError:
     for name in names:
         if not _is_finite(_read(tensors[name]), tensors[name].dtype):
-            return CheckpointError(f"the tensor {name!r} of {tensors[name].file} holds NaN or infinity", hint="the checkpoint is damaged: download it again, or take another merge")
+            return CheckpointError(
+                f"the tensor {name!r} of {tensors[name].file} holds NaN or infinity",
+                hint="the checkpoint is damaged: download it again, or take another merge",
+            )
     return CheckpointError(f"{tensors[names[0]].file} changed while it was read")
 
 
@@ -171,7 +174,9 @@ def _convert(name: str, ref: TensorRef, dtype: DType) -> Bytes:
     converted = _as_float(raw, ref.dtype, name).astype(_NUMPY[dtype])
     result = converted.view(np.uint8).reshape(-1)
     if not _is_finite(result, dtype):
-        raise CheckpointError(f"the tensor {name!r} holds values that {dtype} cannot", hint="convert with --precision fp32 or bf16")
+        raise CheckpointError(
+            f"the tensor {name!r} holds values that {dtype} cannot", hint="convert with --precision fp32 or bf16"
+        )
     return result
 
 

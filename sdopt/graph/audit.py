@@ -24,7 +24,9 @@ def audit_graph(model: ir.Model, attention_layers: int) -> GraphAudit:
     counts = Counter(node.op_type for node in model.graph)
     opset = model.opset_imports[""]
     attention = counts["Attention"] if opset >= 23 else counts["Softmax"]
-    return GraphAudit(opset=opset, nodes=sum(counts.values()), attention_nodes=attention, attention_layers=attention_layers)
+    return GraphAudit(
+        opset=opset, nodes=sum(counts.values()), attention_nodes=attention, attention_layers=attention_layers
+    )
 
 
 def require_fused_attention(name: str, audit: GraphAudit) -> None:
@@ -71,11 +73,21 @@ def _tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
 def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    if not location or Path(location).name != location or location in (".", "..") or "\\" in location or "\0" in location:
-        raise UnsafeInputError(f"{path}: the data of {tensor.name!r} is said to lie in {location!r}, outside the graph's folder")
+    if (
+        not location
+        or Path(location).name != location
+        or location in (".", "..")
+        or "\\" in location
+        or "\0" in location
+    ):
+        raise UnsafeInputError(
+            f"{path}: the data of {tensor.name!r} is said to lie in {location!r}, outside the graph's folder"
+        )
     file = path.parent / location
     if file.is_symlink() or (file.exists() and (not file.is_file() or file.stat().st_nlink > 1)):
-        raise UnsafeInputError(f"{file} is a link, and weights must be a plain file", hint="replace it with a copy of what it links to")
+        raise UnsafeInputError(
+            f"{file} is a link, and weights must be a plain file", hint="replace it with a copy of what it links to"
+        )
     if not file.exists():
         raise ArtifactError(f"{path} needs {file}, which is missing")
     try:
@@ -86,6 +98,8 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     for side in tensor.dims:
         expected *= side
     if offset < 0 or length != expected:
-        raise UnsafeInputError(f"{path}: the data of {tensor.name!r} should have {expected} bytes, not {length} at {offset}")
+        raise UnsafeInputError(
+            f"{path}: the data of {tensor.name!r} should have {expected} bytes, not {length} at {offset}"
+        )
     if offset + length > file.stat().st_size:
         raise ArtifactError(f"{file} is truncated: {tensor.name!r} lies beyond its end", hint="build the bundle again")

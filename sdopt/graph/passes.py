@@ -42,10 +42,20 @@ def _folds(node: ir.Node) -> bool | None:
 
 PASSES: tuple[ir.passes.PassBase, ...] = (
     common.InlinePass(),
-    FoldConstantsPass(shape_inference=True, input_size_limit=_FOLD_LIMIT_ELEMENTS, output_size_limit=_FOLD_LIMIT_ELEMENTS, should_fold=_folds),
+    FoldConstantsPass(
+        shape_inference=True,
+        input_size_limit=_FOLD_LIMIT_ELEMENTS,
+        output_size_limit=_FOLD_LIMIT_ELEMENTS,
+        should_fold=_folds,
+    ),
     RewritePass(_REWRITE_RULES),
     common.RemoveUnusedNodesPass(),
-    FoldConstantsPass(shape_inference=True, input_size_limit=_FOLD_LIMIT_ELEMENTS, output_size_limit=_FOLD_LIMIT_ELEMENTS, should_fold=_folds),
+    FoldConstantsPass(
+        shape_inference=True,
+        input_size_limit=_FOLD_LIMIT_ELEMENTS,
+        output_size_limit=_FOLD_LIMIT_ELEMENTS,
+        should_fold=_folds,
+    ),
     common.IdentityEliminationPass(),
     common.CommonSubexpressionEliminationPass(),
     common.RemoveUnusedNodesPass(),

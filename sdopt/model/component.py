@@ -85,13 +85,17 @@ def describe_component(name: ComponentName, config: Config, family: Family, dtyp
         case ComponentName.UNET:
             return _describe_unet(config, family, dtype)
         case ComponentName.VAE_DECODER:
-            latent = TensorSpec("latent_sample", dtype, ("batch", int(config["latent_channels"]), "latent_height", "latent_width"))
+            latent = TensorSpec(
+                "latent_sample", dtype, ("batch", int(config["latent_channels"]), "latent_height", "latent_width")
+            )
             image = TensorSpec("sample", dtype, ("batch", int(config["out_channels"]), "height", "width"))
             return ComponentSpec(name, (latent,), (image,), _FP32)
         case ComponentName.VAE_ENCODER:
             image = TensorSpec("sample", dtype, ("batch", int(config["in_channels"]), "height", "width"))
             moments = TensorSpec(
-                "latent_parameters", dtype, ("batch", 2 * int(config["latent_channels"]), "latent_height", "latent_width")
+                "latent_parameters",
+                dtype,
+                ("batch", 2 * int(config["latent_channels"]), "latent_height", "latent_width"),
             )
             return ComponentSpec(name, (image,), (moments,), _FP32)
 
@@ -113,7 +117,9 @@ def _describe_text_encoder(name: ComponentName, config: Config, dtype: DType) ->
     # Every hidden state before the last is an output: SDXL conditions on the last but one, clip_skip may ask for any.
     states = tuple(TensorSpec(f"hidden_states.{i}", dtype, hidden) for i in range(layers))
     first_two = (pooled, last) if has_projection(config) else (last, pooled)
-    return ComponentSpec(name, (TensorSpec("input_ids", DType.INT64, ("batch", "tokens")),), (*first_two, *states), _FP32)
+    return ComponentSpec(
+        name, (TensorSpec("input_ids", DType.INT64, ("batch", "tokens")),), (*first_two, *states), _FP32
+    )
 
 
 def _describe_unet(config: Config, family: Family, dtype: DType) -> ComponentSpec:

@@ -118,7 +118,9 @@ def parse_recipe(values: dict[str, Any], *, where: str) -> BuildRecipe:
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}: {_explain(location, dict(first))}", hint=_suggest(location, dict(first))) from error
+        raise RecipeError(
+            f"{where}: {_explain(location, dict(first))}", hint=_suggest(location, dict(first))
+        ) from error
 
 
 def _explain(location: str, problem: dict[str, Any]) -> str:
@@ -137,4 +139,8 @@ def _suggest(location: str, problem: dict[str, Any]) -> str:
         last = str(problem["input"])
         known = [word.strip(" '") for word in str(problem["ctx"]["expected"]).replace(" or ", ",").split(",")]
     near = difflib.get_close_matches(last, known, n=1)
-    return f"did you mean {near[0]!r}? Known: {', '.join(known)}" if near else (f"known: {', '.join(known)}" if known else "")
+    return (
+        f"did you mean {near[0]!r}? Known: {', '.join(known)}"
+        if near
+        else (f"known: {', '.join(known)}" if known else "")
+    )

@@ -80,7 +80,7 @@ class ShapeProfile:
                     )
 
 
-_SIZE = re.compile(r"^(\d{1,5})[x×](\d{1,5})$")
+_SIZE = re.compile(r"^(\d{1,5})x(\d{1,5})$")
 
 
 def parse_size(text: str) -> tuple[int, int]:

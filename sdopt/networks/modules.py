@@ -34,7 +34,7 @@ class TextEncoderNetwork(nn.Module):
 
 
 class UNetNetwork(nn.Module):
-    """The denoiser. sample [2B,C,h,w], timestep [], text states [2B,T,D] (and SDXL's two, or LCM's one) -> [2B,C',h,w]."""
+    """The denoiser: sample [2B,C,h,w], timestep [], text states [2B,T,D], what SDXL and LCM add -> [2B,C',h,w]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -47,10 +47,11 @@ class UNetNetwork(nn.Module):
         if "text_embeds" in named:
             # The time embedding is computed in fp32 and concatenated with this: torch promotes, ONNX's Concat does not.
             added = {"text_embeds": named["text_embeds"].float(), "time_ids": named["time_ids"].float()}
-        return self.network(
+        (noise,) = self.network(
             sample, timestep, encoder_hidden_states, timestep_cond=named.get("timestep_cond"),
             added_cond_kwargs=added, return_dict=False,
-        )[0]  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
+        return noise  # type: ignore[no-any-return]
 
 
 class VaeDecoderNetwork(nn.Module):

@@ -1,7 +1,7 @@
 """What must hold before a runtime sees a byte of a bundle.
 
-A graph tells a runtime which files to map and where: it is opened only when its digest is the manifest's and its external
-data are plain ranges of plain files beside it.
+A graph tells a runtime which files to map and where: it is opened only when its digest is the manifest's and its
+external data are plain ranges of plain files beside it.
 """
 
 from __future__ import annotations

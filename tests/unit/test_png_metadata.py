@@ -65,8 +65,8 @@ def test_other_programs_can_read_it(tmp_path: Path) -> None:
     path = write(tmp_path, negative_prompt="fog", steps=30, guidance_scale=7, seed=5, clip_skip=1)
     with Image.open(path) as image:
         assert image.text["parameters"] == (
-            "a red circle\nNegative prompt: fog\nSteps: 30, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 8x8, "
-            "Model hash: 0123456789, Model: tiny, Clip skip: 2, Version: sdopt 0.1.0"
+            "a red circle\nNegative prompt: fog\nSteps: 30, Sampler: Euler a, CFG scale: 7, Seed: 5, "
+            "Size: 8x8, Model hash: 0123456789, Model: tiny, Clip skip: 2, Version: sdopt 0.1.0"
         )
         assert json.loads(image.text["sdopt"])["request"]["seed"] == 5
 
