@@ -337,9 +337,7 @@ def paste_grid(images: Sequence[Pixels], columns: int = 10, rows: int = 5) -> Im
 @click.option("--batch", default=25, show_default=True, type=click.IntRange(min=1))
 @click.option("--json", "json_file", type=FILE, help="Write the scores and what went wrong here.")
 @click.option("--grid", type=FILE, help="Write the first 50 pictures here.")
-def main(
-    folder: Path, prompts: int, seed: int, batch: int, json_file: Path | None, grid: Path | None
-) -> None:
+def main(folder: Path, prompts: int, seed: int, batch: int, json_file: Path | None, grid: Path | None) -> None:
     scenes = sample_scenes(prompts, seed)
     images = list(draw_with_model(folder, [write_prompt(scene) for scene in scenes], seed, batch))
     verdicts = [judge_image(image, scene) for image, scene in zip(images, scenes, strict=True)]

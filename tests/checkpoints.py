@@ -57,9 +57,7 @@ def small_recipe(family: Family, *, inpainting: bool = False) -> Recipe:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     if family is not Family.SD1:
-        unet.update(
-            use_linear_projection=True, attention_head_dim=(1, 2), upcast_attention=family is Family.SD2
-        )
+        unet.update(use_linear_projection=True, attention_head_dim=(1, 2), upcast_attention=family is Family.SD2)
     text: dict[str, dict[str, Any]] = {}
     if family in (Family.SD1, Family.SDXL):
         text["text_encoder"] = _text(64, 128, "quick_gelu", projection=64)
@@ -121,21 +119,13 @@ def write_folder(folder: Path, model: Model) -> Path:
         (folder / name).mkdir(parents=True)
         text = name.startswith("text")
         save_file(state, folder / name / f"{'model' if text else 'diffusion_pytorch_model'}.safetensors")
-        kind = (
-            config["architectures"][0]
-            if text
-            else {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name]
-        )
+        kind = config["architectures"][0] if text else {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name]
         index[name] = ["transformers" if text else "diffusers", kind]
-        (folder / name / "config.json").write_text(
-            json.dumps(config if text else {"_class_name": kind, **config})
-        )
+        (folder / name / "config.json").write_text(json.dumps(config if text else {"_class_name": kind, **config}))
         if text:
             tokenizer = folder / name.replace("text_encoder", "tokenizer")
             tokenizer.mkdir()
-            for file in write_clip_tokenizer(
-                EXCLAMATION if config["hidden_act"] == "gelu" else END_OF_TEXT
-            ).iterdir():
+            for file in write_clip_tokenizer(EXCLAMATION if config["hidden_act"] == "gelu" else END_OF_TEXT).iterdir():
                 (tokenizer / file.name).write_bytes(file.read_bytes())
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "EulerDiscreteScheduler", **model.recipe.scheduler}
@@ -148,8 +138,7 @@ def to_original(model: Model) -> State:
     """All tensors by the names of the original layout, with what published files carry besides."""
     family, device = model.recipe.family, next(iter(model.unet.values())).device
     state = {
-        f"model.diffusion_model.{key}": value
-        for key, value in unet_to_original(model.unet, model.recipe.unet).items()
+        f"model.diffusion_model.{key}": value for key, value in unet_to_original(model.unet, model.recipe.unet).items()
     }
     state |= {f"first_stage_model.{key}": value for key, value in vae_to_original(model.vae).items()}
     state["alphas_cumprod"] = torch.ones(1000, device=device)
@@ -161,9 +150,9 @@ def to_original(model: Model) -> State:
     match family:
         case Family.SD1:
             state |= {f"cond_stage_model.transformer.{key}": value for key, value in first.items()}
-            state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(
-                77, device=device
-            )[None]
+            state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77, device=device)[
+                None
+            ]
         case Family.SD2:
             state |= {
                 f"cond_stage_model.model.{key}": v
@@ -216,9 +205,7 @@ def unet_to_original(state: State, config: dict[str, Any]) -> State:
                 for kind, slot in (("resnets", 0), ("attentions", 1)):
                     name = name.replace(f"down_blocks.{level}.{kind}.{layer}.", f"{into}.{slot}.")
                     name = name.replace(f"up_blocks.{level}.{kind}.{layer}.", f"{out}.{slot}.")
-            name = name.replace(
-                f"down_blocks.{level}.downsamplers.0.conv.", f"input_blocks.{step * (level + 1)}.0.op."
-            )
+            name = name.replace(f"down_blocks.{level}.downsamplers.0.conv.", f"input_blocks.{step * (level + 1)}.0.op.")
             last = f"output_blocks.{step * (level + 1) - 1}.{2 if attention else 1}."
             name = name.replace(f"up_blocks.{level}.upsamplers.0.", last)
         for ours, theirs in (("resnets.0", "0"), ("attentions.0", "1"), ("resnets.1", "2")):
@@ -238,27 +225,16 @@ def vae_to_original(state: State) -> State:
             value,
         )
         for level in range(levels):
-            name = name.replace(
-                f"encoder.down_blocks.{level}.downsamplers.0.", f"encoder.down.{level}.downsample."
-            )
+            name = name.replace(f"encoder.down_blocks.{level}.downsamplers.0.", f"encoder.down.{level}.downsample.")
             name = name.replace(
                 f"decoder.up_blocks.{level}.upsamplers.0.", f"decoder.up.{levels - level - 1}.upsample."
             )
             name = name.replace(f"encoder.down_blocks.{level}.resnets.", f"encoder.down.{level}.block.")
-            name = name.replace(
-                f"decoder.up_blocks.{level}.resnets.", f"decoder.up.{levels - level - 1}.block."
-            )
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
-            "mid_block.resnets.1", "mid.block_2"
-        )
+            name = name.replace(f"decoder.up_blocks.{level}.resnets.", f"decoder.up.{levels - level - 1}.block.")
+        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
         if "mid_block.attentions.0." in name:
             name = name.replace("mid_block.attentions.0.", "mid.attn_1.").replace("group_norm", "norm")
-            name = (
-                name.replace("to_q", "q")
-                .replace("to_k", "k")
-                .replace("to_v", "v")
-                .replace("to_out.0", "proj_out")
-            )
+            name = name.replace("to_q", "q").replace("to_k", "k").replace("to_v", "v").replace("to_out.0", "proj_out")
             tensor = value[:, :, None, None] if value.ndim == 2 else value
         original[name] = tensor
     return original
@@ -290,9 +266,7 @@ def to_openclip(state: State, *, unused: bool = False) -> State:
     width = original["ln_final.weight"].shape[0]
     device = original["ln_final.weight"].device
     projection = (
-        plain["text_projection.weight"].T
-        if "text_projection.weight" in plain
-        else torch.eye(width, device=device)
+        plain["text_projection.weight"].T if "text_projection.weight" in plain else torch.eye(width, device=device)
     )
     original["text_projection"] = projection.contiguous()
     original["logit_scale"] = torch.ones((), device=device)
@@ -307,9 +281,7 @@ def write_single_file(path: Path, state: State, metadata: dict[str, str] | None 
 def write_hollow_file(path: Path, state: State) -> Path:
     """A safetensors file with a true header and a hole in place of the data: full size, no disk."""
     dtypes = {torch.float16: DType.FP16, torch.float32: DType.FP32, torch.int64: DType.INT64}
-    layout = plan_layout(
-        path, {key: (dtypes[value.dtype], tuple(value.shape)) for key, value in state.items()}
-    )
+    layout = plan_layout(path, {key: (dtypes[value.dtype], tuple(value.shape)) for key, value in state.items()})
     path.write_bytes(layout.header)
     os.truncate(path, layout.size_bytes)
     return path

@@ -63,10 +63,7 @@ class ReferenceSession:
         with torch.no_grad():
             outputs = self.module(*(inputs[tensor.name] for tensor in self.spec.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {
-            t.name: value.to(TORCH_DTYPES[t.dtype])
-            for t, value in zip(self.spec.outputs, outputs, strict=True)
-        }
+        return {t.name: value.to(TORCH_DTYPES[t.dtype]) for t, value in zip(self.spec.outputs, outputs, strict=True)}
 
     def memory(self) -> MemoryUse:
         return MemoryUse(0, 0, 0)
@@ -101,8 +98,7 @@ def make_bundle(
     inpainting: bool = False,
     profile: ShapeProfile | None = None,
 ) -> ReferenceBundle:
-    """A bundle of a diffusers folder, with fp32 reference sessions. `profile` is 64x64 at batch 1 by default.
-    """
+    """A bundle of a diffusers folder, with fp32 reference sessions. `profile` is 64x64 at batch 1 by default."""
     profile = profile or ShapeProfile.static(height_px=64, width_px=64)
     factor = vae_factor(_config(source, "vae"))
     sessions: dict[ComponentName, ReferenceSession] = {}
@@ -180,7 +176,5 @@ def _manifest(
         },
         files={},
         fidelity=FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="a test"),
-        environment=EnvironmentRecord(
-            sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={}
-        ),
+        environment=EnvironmentRecord(sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={}),
     )

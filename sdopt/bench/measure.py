@@ -29,9 +29,7 @@ def measure(arguments: JsonTable) -> JsonTable:
 
     `launched_ns` is the parent's `time.monotonic_ns`, a clock that all processes of a machine share.
     """
-    importlib.import_module(
-        "sdopt.pipeline.assemble"
-    )  # torch and diffusers, which are not the candidate's to load
+    importlib.import_module("sdopt.pipeline.assemble")  # torch and diffusers, which are not the candidate's to load
     imported_ns = time.monotonic_ns()
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     scene = Scene.model_validate(arguments["scene"])

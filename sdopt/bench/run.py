@@ -49,10 +49,11 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The report, and what each candidate drew, by its name."""
+    """The report, what each candidate drew, by its name, and what torch fp32 drew where it could."""
 
     report: BenchReport
     drawings: Mapping[str, Drawing]
+    reference: Drawing | None
 
 
 @dataclass
@@ -88,7 +89,12 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     for position, name in enumerate(order):
         scheduler = _run_row(request, manifest, scene, rows[name], position, len(order)) or scheduler
     drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
-    fidelity = _compare_all(request, manifest, scene, drawings, work)
+    reference, floor = _draw_references(request, manifest, scene, drawings, work)
+    fidelity = (
+        {name: compare_drawings(scene, reference, drawing, floor) for name, drawing in drawings.items()}
+        if reference and floor
+        else {}
+    )
     report = BenchReport(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         case=_describe_case(request.folder, manifest, scene, scheduler),
@@ -101,7 +107,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         ),
         candidates=tuple(_record_row(row, manifest, fidelity.get(name, ())) for name, row in rows.items()),
     )  # fmt: skip
-    return BenchResult(report, drawings)
+    return BenchResult(report, drawings, reference)
 
 
 def interleave(names: Sequence[str], repeats: int) -> list[str]:
@@ -143,23 +149,23 @@ def _run_row(
     return scheduler
 
 
-def _compare_all(
+def _draw_references(
     request: BenchRequest, manifest: BundleManifest, scene: Scene, drawings: Mapping[str, Drawing], work: Path
-) -> dict[str, tuple[ImageFidelity, ...]]:
-    """Every drawing against torch fp32. Empty where torch itself cannot draw: then nothing is known."""
+) -> tuple[Drawing | None, Drawing | None]:
+    """What torch fp32 draws, and the noise floor. None where torch itself cannot draw: then nothing is
+    known.
+    """
 
     def draw(name: str, settings: BackendSettings, label: str) -> Drawing:
-        path = work / f"{name}.safetensors"
-        return draw_isolated(
-            request.folder, manifest, settings, scene, path, label=label, timeout_s=request.time_limit_s
-        )
+        path, limit_s = work / f"{name}.safetensors", request.time_limit_s
+        return draw_isolated(request.folder, manifest, settings, scene, path, label=label, timeout_s=limit_s)
 
+    reference = drawings.get(Baseline.EAGER_FP32.value)
     try:
-        reference = drawings.get(Baseline.EAGER_FP32.value) or draw("reference", REFERENCE, "torch fp32")
-        floor = draw("noise-floor", NOISE_FLOOR, "torch fp32 again (noise floor)")
+        reference = reference or draw("reference", REFERENCE, "torch fp32")
+        return reference, draw("noise-floor", NOISE_FLOOR, "torch fp32 again (noise floor)")
     except SdoptError:
-        return {}
-    return {name: compare_drawings(scene, reference, drawing, floor) for name, drawing in drawings.items()}
+        return reference, None
 
 
 def _record_row(row: _Row, manifest: BundleManifest, fidelity: tuple[ImageFidelity, ...]) -> CandidateRecord:

@@ -56,8 +56,7 @@ def compare_speed(baseline: Groups, candidate: Groups) -> Ratio | None:
     ratios = _resample_medians(baseline, rng) / _resample_medians(candidate, rng)
     low, high = np.percentile(ratios, (2.5, 97.5))
     pooled = [
-        np.median(np.concatenate([np.asarray(group) for group in groups if group]))
-        for groups in (baseline, candidate)
+        np.median(np.concatenate([np.asarray(group) for group in groups if group])) for groups in (baseline, candidate)
     ]
     return Ratio(float(pooled[0] / pooled[1]), float(low), float(high))
 

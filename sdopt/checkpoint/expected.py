@@ -59,9 +59,7 @@ def _complete_clip(config: Config) -> dict[str, Any]:
 
 def _complete_diffusers(name: ComponentName, config: Config) -> dict[str, Any]:
     kind: Any = UNet2DConditionModel if name is ComponentName.UNET else AutoencoderKL
-    defaults = {
-        key: p.default for key, p in inspect.signature(kind.__init__).parameters.items() if key != "self"
-    }
+    defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items() if key != "self"}
     complete: dict[str, Any] = {"_class_name": kind.__name__}
     for key, default in defaults.items():
         value = config.get(key, default)

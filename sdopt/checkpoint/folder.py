@@ -16,9 +16,15 @@ from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
 
+_AGAIN = "download the whole model again"
 _PIPELINES = re.compile(
     r"^(StableDiffusion|LatentConsistencyModel)(?!3|InstructPix2Pix|Upscale|LatentUpscale|Depth2Img|Cascade)"
 )
+# What a pipeline may have besides its networks; anything else (a ControlNet, a prior) would be lost in silence.
+_PARTS = (
+    "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker",
+    "feature_extractor", "image_encoder",
+)  # fmt: skip
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _LICENCE = re.compile(r"^licen[cs]e:\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
@@ -47,9 +53,7 @@ def open_folder(folder: Path, source: SourceRecord) -> Checkpoint:
         scheduler=scheduler,
         tokenizers=_find_tokenizers(folder, text),
         pipeline_options={
-            key: value
-            for key, value in index.items()
-            if not key.startswith("_") and not isinstance(value, list)
+            key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
         },
     )
 
@@ -65,14 +69,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX_NAME)
     lacking = [part for part in ("unet", "vae", "scheduler") if not (folder / part).is_dir()]
     pipeline = str(index.get("_class_name", ""))
-    if not _PIPELINES.match(pipeline) or lacking == ["unet"]:
+    if not _PIPELINES.match(pipeline):
         raise CheckpointError(
             f"{folder} is a {pipeline or 'nameless pipeline'}, not one of Stable Diffusion 1, 2 or XL",
             hint="sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner, and their inpainting models",
         )
     if lacking:
+        raise CheckpointError(f"{folder} lacks the folder {' and '.join(lacking)}", hint=_AGAIN)
+    extra = [key for key, value in index.items() if isinstance(value, list) and any(value) and key not in _PARTS]
+    if extra:
         raise CheckpointError(
-            f"{folder} lacks the folder {' and '.join(lacking)}", hint="download the whole model again"
+            f"{folder} is a pipeline with {' and '.join(extra)}, which sdopt does not know",
+            hint="give the model without it",
         )
     return index
 
@@ -91,7 +99,7 @@ def _nearby(folder: Path) -> str:
 def _read_config(folder: Path, part: str, class_name: str) -> dict[str, Any]:
     path = folder / part / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} lacks {part}/config.json", hint="download the whole model again")
+        raise CheckpointError(f"{folder} lacks {part}/config.json", hint=_AGAIN)
     config = read_json(path)
     if config.get("_class_name", class_name) != class_name:
         raise CheckpointError(f"{path} is of a {config['_class_name']}, and sdopt reads {class_name}")
@@ -109,19 +117,19 @@ def _open_text_encoders(folder: Path, index: Mapping[str, Any]) -> dict[Componen
             raise CheckpointError(f"{folder}: {name} is a {kind}, and sdopt reads CLIP's text models")
         path = folder / name / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}/config.json", hint="download the whole model again")
+            raise CheckpointError(f"{folder} lacks {name}/config.json", hint=_AGAIN)
         # The class of the index is what diffusers loads, whatever the config says of its origin.
         config = {**read_json(path), "architectures": [kind]}
-        found[name] = match_component(
-            name, config, open_component_weights(folder / name), where=str(folder / name)
-        )
+        found[name] = match_component(name, config, open_component_weights(folder / name), where=str(folder / name))
     if not found:
-        raise CheckpointError(f"{folder} has no text encoder", hint="download the whole model again")
+        raise CheckpointError(f"{folder} has no text encoder", hint=_AGAIN)
     return found
 
 
 def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], where: object) -> Family:
     """The family by the UNet's config and by which text encoders there are."""
+    if unet.get("attention_type", "default") != "default":
+        raise CheckpointError(f"{where}: the UNet takes places of objects (GLIGEN), as no known family does")
     for key in ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"):
         if unet.get(key) is not None:
             raise CheckpointError(f"{where}: the UNet has {key}={unet[key]!r}, as no known family has")
@@ -129,16 +137,12 @@ def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], whe
         case "text_time":
             first, second = (ComponentName.TEXT_ENCODER in text, ComponentName.TEXT_ENCODER_2 in text)
             if not second:
-                raise CheckpointError(
-                    f"{where}: a UNet of SDXL needs text_encoder_2", hint="download the whole model again"
-                )
+                raise CheckpointError(f"{where}: a UNet of SDXL needs text_encoder_2", hint=_AGAIN)
             return Family.SDXL if first else Family.SDXL_REFINER
         case None:
             return Family.SD2 if unet.get("use_linear_projection") else Family.SD1
         case other:
-            raise CheckpointError(
-                f"{where}: the UNet has addition_embed_type={other!r}, as no known family has"
-            )
+            raise CheckpointError(f"{where}: the UNet has addition_embed_type={other!r}, as no known family has")
 
 
 def is_inpainting(components: Mapping[ComponentName, ComponentSource], where: str) -> bool:
@@ -168,9 +172,7 @@ def open_vae_folder(folder: Path) -> dict[ComponentName, ComponentSource]:
     return split_vae(config, open_component_weights(folder), where=str(folder))
 
 
-def split_vae(
-    config: Config, tensors: Mapping[str, TensorRef], *, where: str
-) -> dict[ComponentName, ComponentSource]:
+def split_vae(config: Config, tensors: Mapping[str, TensorRef], *, where: str) -> dict[ComponentName, ComponentSource]:
     """A VAE by diffusers' names -> decoder (with `post_quant_conv`) and encoder (with `quant_conv`)."""
     decoder = {key: ref for key, ref in tensors.items() if key.startswith(("decoder.", "post_quant_conv."))}
     encoder = {key: ref for key, ref in tensors.items() if key not in decoder}
@@ -195,12 +197,11 @@ def _find_tokenizers(folder: Path, text: Mapping[ComponentName, ComponentSource]
         part = name.replace("text_encoder", "tokenizer")
         path = folder / part
         if not (
-            (path / "tokenizer.json").is_file()
-            or ((path / "vocab.json").is_file() and (path / "merges.txt").is_file())
+            (path / "tokenizer.json").is_file() or ((path / "vocab.json").is_file() and (path / "merges.txt").is_file())
         ):
             raise CheckpointError(
                 f"{folder} lacks {part}/vocab.json and {part}/merges.txt",
-                hint="download the whole model again",
+                hint=_AGAIN,
             )
         tokenizers[part] = path
     return tokenizers

@@ -1,5 +1,7 @@
-"""A Hugging Face id -> the folder of its snapshot, with no file that is not needed. The only user of
-huggingface_hub."""
+"""A Hugging Face id -> the folder of its snapshot, without files that are not needed.
+
+The only user of huggingface_hub.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sdopt.artifacts.files import disk_errors
 from sdopt.checkpoint.weights import INDEX_NAME
 from sdopt.errors import CheckpointError
 
@@ -39,71 +41,81 @@ def is_hub_id(source: str) -> bool:
 
 
 def fetch_snapshot(source: str) -> Snapshot:
-    """The snapshot of `owner/name[@revision]` in the Hugging Face cache; downloads only what is not there
-    yet.
+    """The snapshot of `owner/name[@revision]` in the Hugging Face cache; fetches only what is not there yet.
 
-    Offline (`HF_HUB_OFFLINE=1`) the cache alone is asked. Raises `CheckpointError` with what to do next.
+    Offline (`HF_HUB_OFFLINE=1`, or no connection) the cache alone is asked. Raises `CheckpointError` with what to do
+    next, `MissingHardware` for a full disk.
     """
+    from huggingface_hub import constants
+
+    name, _, revision = source.partition("@")
+    try:
+        with disk_errors(Path(constants.HF_HUB_CACHE)):
+            folder = _download(name, revision or None)
+    except _hub_errors() as error:
+        raise _explain(source, name, error) from error
+    return Snapshot(folder, folder.name)
+
+
+def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    name, _, revision = source.partition("@")
-    wanted = revision or None
-    try:
-        if constants.HF_HUB_OFFLINE:
-            folder = huggingface_hub.snapshot_download(name, revision=wanted, local_files_only=True)
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = huggingface_hub.HfApi().model_info(name, revision=revision)
+        except errors.HfHubHTTPError:
+            raise
+        except _hub_errors():
+            # No connection: the model may be in the cache.
+            pass
         else:
-            info = huggingface_hub.HfApi().model_info(name, revision=wanted)
             files = choose_files([entry.rfilename for entry in info.siblings or ()], name)
-            folder = huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files)
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} asks you to accept its licence first",
-            hint=f"accept it on https://huggingface.co/{name}, then run: hf auth login",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no file or folder {source}, and no public model of that name on Hugging Face",
-            hint="check the spelling; for a private model run: hf auth login",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{name} has no revision {revision}", hint=f"see https://huggingface.co/{name}/commits/main"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise CheckpointError(
-            f"{source} is neither a path here nor in the Hugging Face cache, and the hub cannot be asked",
-            hint="connect to the network, unset HF_HUB_OFFLINE, or give a local path",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise CheckpointError(
-            f"Hugging Face did not give {name}: {_first_line(error)}",
-            hint="try again later, or give a local path",
-        ) from error
-    except _connection_errors() as error:
-        raise CheckpointError(
-            f"{source} is no file or folder here, and Hugging Face cannot be reached: {_first_line(error)}",
-            hint="connect to the network, or give a local path",
-        ) from error
-    return Snapshot(Path(folder), Path(folder).name)
+            return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """All that huggingface_hub raises: its own are `OSError`s, those of its HTTP library share a base with them."""
+    from huggingface_hub import errors
+
+    http = [kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (OSError, errors.EntryNotFoundError, *http)
+
+
+def _explain(source: str, name: str, error: Exception) -> CheckpointError:
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            what = f"{name} asks you to accept its licence first"
+            hint = f"accept it on https://huggingface.co/{name}, then run: hf auth login"
+        case errors.RevisionNotFoundError():
+            what = f"{name} has no revision {source.partition('@')[2]}"
+            hint = f"see https://huggingface.co/{name}/commits/main"
+        case errors.RepositoryNotFoundError():
+            what = f"there is no file or folder {source}, and no public model of that name on Hugging Face"
+            hint = "check the spelling; for a private model run: hf auth login"
+        case errors.LocalEntryNotFoundError():
+            what = f"{source} is neither a path here nor in the Hugging Face cache, and the hub was not reached"
+            hint = "connect to the network, unset HF_HUB_OFFLINE, or give a local path"
+        case _:
+            what = f"Hugging Face did not give {name}: {str(error).strip().partition(chr(10))[0][:200]}"
+            hint = "try again later, or give a local path"
+    return CheckpointError(what, hint=hint)
 
 
 def choose_files(names: Sequence[str], model: str) -> list[str]:
-    """The files of a repository that sdopt needs: configs, tokenizers, and one set of weights for each
-    component.
+    """The files of a repository that sdopt needs: configs, tokenizers, and one set of weights for a network.
 
     safetensors before pickles, fp16 before the plain file, never another variant where one of these is there.
     """
     if INDEX_NAME not in names:
         files = [name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt"))]
         advice = (
-            f"download one of {', '.join(files[:3])} and give its path"
-            if files
-            else "give a Stable Diffusion model"
+            f"download one of {', '.join(files[:3])} and give its path" if files else "give a Stable Diffusion model"
         )
-        raise CheckpointError(
-            f"{model} on Hugging Face is no diffusers model: it has no {INDEX_NAME}", hint=advice
-        )
+        raise CheckpointError(f"{model} on Hugging Face is no diffusers model: it has no {INDEX_NAME}", hint=advice)
     chosen = [name for name in names if _SMALL.match(name)]
     for part in _PARTS:
         sets: dict[tuple[str, str], list[str]] = {}
@@ -116,19 +128,3 @@ def choose_files(names: Sequence[str], model: str) -> list[str]:
         best = next((key for key in _PREFERRED if key in sets), min(sets, default=None))
         chosen += sets[best] if best else []
     return sorted(chosen)
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library under huggingface_hub raises; version 1 changed from requests to httpx."""
-    found: list[type[Exception]] = [ConnectionError, TimeoutError]
-    for library, kind in (("httpx", "HTTPError"), ("requests", "RequestException")):
-        try:
-            module: Any = __import__(library)
-        except ImportError:
-            continue
-        found.append(getattr(module, kind))
-    return tuple(found)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# The first that some name matches is the answer: the particular before the general.
 _TEXT = "a text encoder alone"
+# The first that some name matches is the answer: the particular before the general.
 _KINDS: tuple[tuple[str, str], ...] = (
     (r"lora_|\.lora\.|\.(hada_w1|lokr_w1|oft_|glora|diff_b?$)|\.dora_scale", "a LoRA (or LyCORIS) adapter"),
     (r"motion_modules\.|\.time_stack\.|\.temporal_transformer", "a video model or motion module"),

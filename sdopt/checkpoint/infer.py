@@ -16,6 +16,7 @@ from sdopt.model.family import Family, Prediction
 
 Tensors = Mapping[str, TensorRef]
 
+_PRUNED = "diffusers has no config for such a pruned UNet: give the model as a diffusers folder, if there is one"
 _HEAD_CHANNELS = 64
 _SD1_HEADS = 8
 _TIME_IDS = {Family.SDXL: 6, Family.SDXL_REFINER: 5}
@@ -33,9 +34,7 @@ def infer_family(unet: Tensors, *, first_encoder: bool, where: str) -> Family:
     return Family.SD1 if len(found[0].shape) == 4 else Family.SD2
 
 
-def infer_unet(
-    unet: Tensors, layout: UNetLayout, family: Family, pooled: int | None, where: str
-) -> dict[str, Any]:
+def infer_unet(unet: Tensors, layout: UNetLayout, family: Family, pooled: int | None, where: str) -> dict[str, Any]:
     """UNet config. `pooled` is the width of SDXL's pooled text (its second encoder's projection)."""
     _check_symmetry(layout, where)
     channels = [stage.channels for stage in layout.down]
@@ -45,9 +44,7 @@ def infer_unet(
         "out_channels": _shape(unet, "conv_out.weight", where)[0],
         "block_out_channels": channels,
         "layers_per_block": _collapse([len(stage.depths) for stage in layout.down]),
-        "down_block_types": [
-            "CrossAttnDownBlock2D" if stage.depths[0] else "DownBlock2D" for stage in layout.down
-        ],
+        "down_block_types": ["CrossAttnDownBlock2D" if stage.depths[0] else "DownBlock2D" for stage in layout.down],
         "up_block_types": ["CrossAttnUpBlock2D" if stage.depths[0] else "UpBlock2D" for stage in layout.up],
         "mid_block_type": _middle_type(layout, where),
         "cross_attention_dim": _cross_width(unet, where),
@@ -80,18 +77,16 @@ def _shape(tensors: Tensors, name: str, where: str) -> tuple[int, ...]:
 
 def _check_symmetry(layout: UNetLayout, where: str) -> None:
     for stage in (*layout.down, *layout.up):
-        if not stage.depths or len({depth > 0 for depth in stage.depths}) > 1:
-            raise CheckpointError(
-                f"{where}: a level of the UNet has attention in some of its layers only", hint=_PRUNED
-            )
+        if not stage.depths:
+            raise CheckpointError(f"{where}: a level of the UNet has no resnet", hint=_PRUNED)
+        if len({depth > 0 for depth in stage.depths}) > 1:
+            raise CheckpointError(f"{where}: a level of the UNet has attention in a part of it", hint=_PRUNED)
     mirrored = [(stage.channels, len(stage.depths) + 1) for stage in reversed(layout.down)]
     if mirrored != [(stage.channels, len(stage.depths)) for stage in layout.up]:
         raise CheckpointError(f"{where}: the UNet's way up does not mirror its way down", hint=_PRUNED)
 
 
-_PRUNED = (
-    "diffusers has no config for such a pruned UNet: give the model as a diffusers folder, if there is one"
-)
+_PRUNED = "diffusers has no config for such a pruned UNet: give the model as a diffusers folder, if there is one"
 
 
 def _middle_type(layout: UNetLayout, where: str) -> str | None:
@@ -110,8 +105,7 @@ def _transformer_depths(layout: UNetLayout, where: str) -> dict[str, Any]:
     """`transformer_layers_per_block`, as one number where there is one, by level, or by layer for pruned
     UNets."""
     mirrored = all(
-        len({*down.depths, *up.depths} - {0}) <= 1
-        for down, up in zip(layout.down, reversed(layout.up), strict=True)
+        len({*down.depths, *up.depths} - {0}) <= 1 for down, up in zip(layout.down, reversed(layout.up), strict=True)
     )
     last = layout.down[-1].depths[0]
     if layout.middle_depth is not None and last not in (0, layout.middle_depth):
@@ -121,9 +115,7 @@ def _transformer_depths(layout: UNetLayout, where: str) -> dict[str, Any]:
         )
     # A level without attention has no number of its own: the last one's is the middle's, else that of all the
     # rest.
-    levels = [
-        max(*down.depths, *up.depths) for down, up in zip(layout.down, reversed(layout.up), strict=True)
-    ]
+    levels = [max(*down.depths, *up.depths) for down, up in zip(layout.down, reversed(layout.up), strict=True)]
     levels[-1] = levels[-1] or layout.middle_depth or 0
     if mirrored:
         known = {depth for depth in levels if depth}
@@ -161,9 +153,7 @@ def _heads(layout: UNetLayout, family: Family, where: str) -> int | list[int]:
 def _cross_width(unet: Tensors, where: str) -> int:
     widths = {ref.shape[-1] for key, ref in unet.items() if key.endswith(".attn2.to_k.weight") and ref.shape}
     if len(widths) != 1:
-        raise CheckpointError(
-            f"{where}: the UNet attends to texts of {len(widths)} widths, and should to one"
-        )
+        raise CheckpointError(f"{where}: the UNet attends to texts of {len(widths)} widths, and should to one")
     return widths.pop()
 
 
@@ -184,9 +174,7 @@ def _added_conditions(unet: Tensors, family: Family, pooled: int | None, where: 
 def infer_vae(vae: Tensors, family: Family, where: str) -> dict[str, Any]:
     """VAE config by diffusers' names. The scaling factor is the family's: shapes do not tell it."""
     levels = _count_parts(vae, "encoder.down_blocks")
-    channels = [
-        _shape(vae, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)
-    ]
+    channels = [_shape(vae, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)]
     if not channels:
         raise CheckpointError(
             f"{where}: the VAE has no encoder, and sdopt needs both halves",

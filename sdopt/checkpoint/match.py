@@ -18,6 +18,8 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _OLD_ATTENTION_NAME = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
 # transformers 4 saved CLIP's text model with this prefix, 5 does not; with a projection both do.
 _TEXT_PREFIX = "text_model."
+# Counted by the libraries themselves today, saved by them once.
+_NO_WEIGHT = "position_ids"
 
 
 def match_component(
@@ -34,9 +36,10 @@ def match_component(
         expected = expect_component(name, config)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error.message}", hint=error.hint) from error
-    found = {
-        _modern_name(key, expected.shapes): ref for key, ref in tensors.items() if not _is_no_weight(key)
-    }
+    weights = {key: ref for key, ref in tensors.items() if not key.endswith(_NO_WEIGHT)}
+    found = {_modern_name(key, expected.shapes): ref for key, ref in weights.items()}
+    if len(found) < len(weights):
+        raise CheckpointError(f"{where}: the {name} has tensors under an old name and a new one at once")
     missing = expected.shapes.keys() - found.keys()
     if missing:
         raise CheckpointError(f"{where}: the {name} lacks {_list_names(missing)}", hint=_hint(name))
@@ -58,10 +61,6 @@ def _modern_name(key: str, expected: Mapping[str, object]) -> str:
         if other in expected:
             return other
     return key
-
-
-def _is_no_weight(key: str) -> bool:
-    return key.endswith("position_ids")
 
 
 def _fit(key: str, ref: TensorRef, shape: tuple[int, ...], where: str) -> TensorRef:
@@ -94,6 +93,4 @@ def _list_names(names: Iterable[str]) -> str:
 
 def _hint(name: ComponentName) -> str:
     vae = name in (ComponentName.VAE_DECODER, ComponentName.VAE_ENCODER)
-    return "the file may be incomplete: download it again" + (
-        ", or give another VAE with --vae" if vae else ""
-    )
+    return "the file may be incomplete: download it again" + (", or give another VAE with --vae" if vae else "")

@@ -74,14 +74,10 @@ def _split_rows(ref: TensorRef, where: str) -> list[TensorRef]:
         )
     shape = (ref.shape[0] // 3, *ref.shape[1:])
     third = ref.nbytes // 3
-    return [
-        dataclasses.replace(ref, shape=shape, offset_bytes=ref.offset_bytes + i * third) for i in range(3)
-    ]
+    return [dataclasses.replace(ref, shape=shape, offset_bytes=ref.offset_bytes + i * third) for i in range(3)]
 
 
 def _transpose(ref: TensorRef, where: str) -> TensorRef:
     if len(ref.shape) != 2:
-        raise CheckpointError(
-            f"{where}: the text projection has the shape {list(ref.shape)}, and should be a matrix"
-        )
+        raise CheckpointError(f"{where}: the text projection has the shape {list(ref.shape)}, and should be a matrix")
     return dataclasses.replace(ref, shape=ref.shape[::-1], transposed=True)

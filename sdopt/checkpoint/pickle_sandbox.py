@@ -26,6 +26,7 @@ from sdopt.model.precision import DType
 # read.
 _BASE_LIMIT_BYTES = 12 << 30
 _LIMIT_PER_BYTE = 4
+_SMALL_BYTES = 1 << 20
 _BASE_TIMEOUT_S = 180.0
 _SLOWEST_BYTES_PER_S = 10e6
 
@@ -41,6 +42,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # has a callback of pytorch_lightning). They become empty objects: nothing of the libraries is imported or
 # run.
 _INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+_AGAIN = "download it again"
 _REFUSED_BY_TORCH = (
     "Unsupported global",
     "Unsupported class",
@@ -57,7 +59,7 @@ def convert_pickle(path: Path) -> Path:
     for one that is truncated or holds no tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing", hint="download it again")
+        raise CheckpointError(f"{path} is missing", hint=_AGAIN)
     target = open_cache_folder("pickles") / f"{hash_file(path)}.safetensors"
     if target.is_file():
         with contextlib.suppress(SdoptError):
@@ -95,6 +97,7 @@ def convert_in_sandbox(arguments: JsonTable) -> JsonTable:
     with target.open("r+b") as file:
         sys.addaudithook(refuse_event)
         tensors = _find_tensors(_load(torch, source, arguments["shown"]), torch, arguments["shown"])
+        _check_size(tensors, source.stat().st_size, arguments["shown"])
         _write(torch, tensors, file, arguments["shown"])
     return {"tensors": len(tensors)}
 
@@ -115,16 +118,33 @@ def leave_network() -> bool:
 def refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
     """Audit hook; it stays for the rest of the process. `open` has (path, mode, flags)."""
     if event.startswith(_REFUSED_EVENTS) or (event == "open" and int(arguments[2] or 0) & _WRITING):
-        raise UnsafeInputError(
-            f"the pickle made torch do {event}, which was refused", hint="do not use this file"
-        )
+        raise UnsafeInputError(f"the pickle made torch do {event}, which was refused", hint="do not use this file")
 
 
 def _load(torch: Any, source: Path, shown: str) -> Any:
     import pickle
 
+    try:
+        with torch.serialization.safe_globals(_stand_in_for_trainers(torch, source)):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
+    except SdoptError:
+        raise
+    except pickle.UnpicklingError as error:
+        if not any(sign in str(error) for sign in _REFUSED_BY_TORCH):
+            raise CheckpointError(f"{shown} is damaged: {_first_reason(error)}", hint=_AGAIN) from error
+        raise UnsafeInputError(
+            f"{shown} wants more than tensors: {_first_reason(error)}; nothing of it was run",
+            hint="look for the same model as .safetensors; do not load this file with other programs",
+        ) from error
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        raise CheckpointError(f"{shown} is truncated or no checkpoint: {_first_reason(error)}", hint=_AGAIN) from error
+
+
+def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[type, str]]:
+    """Empty classes for the trainer's classes that a file names, so that torch takes them for known."""
+
     class Inert:
-        """Stands for an object of a trainer; takes any arguments and any state, and does nothing."""
+        """Takes any arguments and any state, and does nothing."""
 
         def __init__(self, *_: object, **__: object) -> None:
             pass
@@ -134,34 +154,9 @@ def _load(torch: Any, source: Path, shown: str) -> Any:
 
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-    except Exception:  # it reads only zip archives; the loader below says what is wrong with others
-        names = []
-    inert = [(Inert, name) for name in names if name.startswith(_INERT_MODULES)]
-    try:
-        with torch.serialization.safe_globals(inert):
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
-    except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in _REFUSED_BY_TORCH):
-            raise UnsafeInputError(
-                f"{shown} wants more than tensors: {_first_reason(str(error))}; nothing of it was run",
-                hint="look for the same model as .safetensors; do not load this file with other programs",
-            ) from error
-        raise CheckpointError(
-            f"{shown} is damaged: {_first_reason(str(error))}", hint="download it again"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        OSError,
-    ) as error:
-        raise CheckpointError(
-            f"{shown} is truncated or no checkpoint: {_first_reason(str(error))}", hint="download it again"
-        ) from error
+    except Exception:  # it reads only sound zip archives; the loader says what is wrong with others
+        return []
+    return [(Inert, name) for name in names if name.startswith(_INERT_MODULES)]
 
 
 def _is_zip(source: Path) -> bool:
@@ -169,8 +164,9 @@ def _is_zip(source: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _first_reason(text: str) -> str:
+def _first_reason(error: Exception) -> str:
     """torch explains at length how to switch its safety off: keep only what was wrong."""
+    text = str(error) or type(error).__name__
     for line in text.replace(". ", "\n").splitlines():
         if any(sign in line for sign in _REFUSED_BY_TORCH):
             return line.strip()[:200]
@@ -185,10 +181,15 @@ def _find_tensors(loaded: Any, torch: Any, shown: str) -> dict[str, Any]:
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
     if not tensors:
-        raise CheckpointError(
-            f"{shown} holds no tensors by name", hint="sdopt reads checkpoints with a state_dict"
-        )
+        raise CheckpointError(f"{shown} holds no tensors by name", hint="sdopt reads checkpoints with a state_dict")
     return tensors
+
+
+def _check_size(tensors: dict[str, Any], size_bytes: int, shown: str) -> None:
+    """A small file may name a huge tensor (a repeated or compressed one): it must not fill the disk."""
+    named_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if named_bytes > _LIMIT_PER_BYTE * size_bytes + _SMALL_BYTES:
+        raise UnsafeInputError(f"{shown} has {size_bytes} bytes and names tensors of {named_bytes}", hint=_AGAIN)
 
 
 def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> None:
@@ -198,13 +199,9 @@ def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> 
         torch.bfloat16: DType.BF16, torch.int64: DType.INT64, torch.int32: DType.INT32,
         torch.int16: DType.INT16, torch.int8: DType.INT8, torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
     }  # fmt: skip
-    odd = next(
-        (name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None
-    )
+    odd = next((name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None)
     if odd is not None:
-        raise CheckpointError(
-            f"{shown}: tensor {odd!r} has the type {tensors[odd].dtype}, {tensors[odd].layout}"
-        )
+        raise CheckpointError(f"{shown}: tensor {odd!r} has the type {tensors[odd].dtype}, {tensors[odd].layout}")
     layout = plan_layout(Path(), {name: (known[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
     file.write(layout.header)
     for name in sorted(layout.tensors, key=lambda name: layout.tensors[name].offset_bytes):

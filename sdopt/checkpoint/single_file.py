@@ -57,22 +57,16 @@ _PLACES: Mapping[Family, tuple[_EncoderPlace, ...]] = {
         _EncoderPlace(_FIRST, _XL_FIRST),
         _EncoderPlace(_SECOND, "conditioner.embedders.1.model.", openclip=True, projected=True),
     ),
-    Family.SDXL_REFINER: (
-        _EncoderPlace(_SECOND, "conditioner.embedders.0.model.", openclip=True, projected=True),
-    ),
+    Family.SDXL_REFINER: (_EncoderPlace(_SECOND, "conditioner.embedders.0.model.", openclip=True, projected=True),),
 }
 
 
-def open_single_file(
-    path: Path, source: SourceRecord, *, vae: str, prediction: Prediction | None
-) -> Checkpoint:
+def open_single_file(path: Path, source: SourceRecord, *, vae: str, prediction: Prediction | None) -> Checkpoint:
     """Read a whole model from one file. Raises `CheckpointError` that names what the file is instead, or
     lacks."""
     file, where = open_tensors_file(path), str(path)
     bare, layout = map_unet(_select_unet(file.tensors, where), where)
-    family = infer_family(
-        bare, first_encoder=any(key.startswith(_XL_FIRST) for key in file.tensors), where=where
-    )
+    family = infer_family(bare, first_encoder=any(key.startswith(_XL_FIRST) for key in file.tensors), where=where)
     prediction = prediction or find_prediction(file.tensors, file.metadata, family, where)
     components = _open_encoders(file.tensors, family, where)
     second = components.get(_SECOND)
@@ -154,13 +148,9 @@ def open_vae(vae: str, family: Family) -> Components:
         inner = path / "vae"
         return open_vae_folder(inner if not (path / "config.json").is_file() and inner.is_dir() else path)
     if not path.is_file():
-        raise CheckpointError(
-            f"there is no VAE at {vae}", hint="--vae takes a diffusers VAE folder or a single file"
-        )
+        raise CheckpointError(f"there is no VAE at {vae}", hint="--vae takes a diffusers VAE folder or a single file")
     tensors = open_tensors_file(path).tensors
-    inside = {
-        key: ref for key, ref in (_strip(tensors, _VAE) or tensors).items() if not key.startswith(_NOT_VAE)
-    }
+    inside = {key: ref for key, ref in (_strip(tensors, _VAE) or tensors).items() if not key.startswith(_NOT_VAE)}
     if not {"decoder.conv_in.weight", "encoder.conv_in.weight"} <= inside.keys():
         kind = name_kind(tensors)
         raise CheckpointError(

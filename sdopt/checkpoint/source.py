@@ -26,9 +26,7 @@ def open_checkpoint(source: str, *, vae: str = "", prediction: Prediction | None
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _adapt(
-            open_folder(path.resolve(), SourceRecord(kind="diffusers", location=source)), vae, prediction
-        )
+        return _adapt(open_folder(path.resolve(), SourceRecord(kind="diffusers", location=source)), vae, prediction)
     if path.is_file():
         record = SourceRecord(kind="single-file", location=source)
         return open_single_file(path.resolve(), record, vae=vae, prediction=prediction)

@@ -32,9 +32,7 @@ def write_clip_tokenizer(pad_token: str) -> Path:
     merges = files("sdopt.checkpoint").joinpath("data/clip/merges.txt").read_text(encoding="utf-8")
     contents = {
         "merges.txt": merges,
-        "vocab.json": json.dumps(
-            {token: i for i, token in enumerate(_list_tokens(merges))}, ensure_ascii=False
-        ),
+        "vocab.json": json.dumps({token: i for i, token in enumerate(_list_tokens(merges))}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(_configure(pad_token), indent=1),
         "special_tokens_map.json": json.dumps(_name_marks(pad_token), indent=1),
     }

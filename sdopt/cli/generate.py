@@ -36,12 +36,8 @@ _NAMES = ", ".join(SchedulerName)
 )
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
 @click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
-@click.option(
-    "--scale", type=float, help="How strongly the prompt guides; up to 1 is not at all.  [default: 7.5]"
-)
-@click.option(
-    "--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]"
-)
+@click.option("--scale", type=float, help="How strongly the prompt guides; up to 1 is not at all.  [default: 7.5]")
+@click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
 @click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
@@ -151,9 +147,7 @@ def _write(
 
     manifest = bundle.manifest
     sampler = label_of(own_scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
-    recipe = PictureRecipe(
-        sdopt=sdopt.__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request
-    )
+    recipe = PictureRecipe(sdopt=sdopt.__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
     path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
     return {
         "path": str(path),

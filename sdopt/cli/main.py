@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -51,6 +52,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry of the console script. Exits with the codes of `sdopt.errors`; 130 when interrupted."""
+    # transformers prints, at each import, that torchvision is not installed; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code: Any = cli.main(standalone_mode=False)
     except SdoptError as error:

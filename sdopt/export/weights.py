@@ -37,7 +37,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def storage_dtype(source: DType, graph: DType) -> DType:
-    """What a weight is kept in: its own 16 bits under an fp32 graph (a cast up loses nothing), else the graph's type."""
+    """What a weight is kept in: its own 16 bits under an fp32 graph (casting up loses nothing), else the graph's."""
     if graph is DType.FP32 and source in (DType.FP16, DType.BF16):
         return source
     return graph

@@ -63,6 +63,9 @@ class VerifySettings(_Frozen):
     """How the fidelity verdict is reached. Empty `prompts` takes those of the model's card, or the package's own."""
 
     enabled: bool = True
+    """False publishes without parity and without a verdict; the manifest says so."""
+    fidelity: bool = True
+    """False stops after parity: no picture is drawn, and the manifest says so."""
     prompts: tuple[str, ...] = ()
     steps: int = Field(default=10, ge=1, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -81,9 +81,7 @@ def _make_unet(folder: Path, bundle: OpenedBundle, session: Session) -> EngineUN
     factor = vae_factor(read_config(folder, ComponentName.VAE_DECODER))
     # Always a number: the image-to-image pipelines compare it with 64 and fail on a pair.
     side = bundle.manifest.profile.height_px.opt // factor
-    unet = EngineUNet(
-        session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor
-    )
+    unet = EngineUNet(session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor)
     unet.bundle = bundle
     return unet
 
@@ -96,9 +94,7 @@ def _make_text_encoder(
     path = folder / name / "weights.safetensors"
     try:
         norm = {
-            key.rsplit(".", 1)[1]: ref
-            for key, ref in read_header(path).tensors.items()
-            if "final_layer_norm." in key
+            key.rsplit(".", 1)[1]: ref for key, ref in read_header(path).tensors.items() if "final_layer_norm." in key
         }
         weight, bias = read_tensor(norm["weight"]), read_tensor(norm["bias"])
     except (CheckpointError, UnsafeInputError, KeyError) as error:
@@ -166,18 +162,14 @@ def _with_default_size(kind: Any, height_px: int, width_px: int) -> Any:
             bound.arguments[side] = bound.arguments.get(side) or default_px
         return kind.__call__(*bound.args, **bound.kwargs)
 
-    return type(
-        kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    )
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot read {path}: {error}", hint="sdopt check names every damaged file"
-        ) from error
+        raise ArtifactError(f"cannot read {path}: {error}", hint="sdopt check names every damaged file") from error
     if not isinstance(table, dict):
         raise ArtifactError(f"{path} is no table")
     return table

@@ -39,8 +39,7 @@ def run_rows(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, 
     for start in range(0, rows, extent.max):
         stop = min(rows, start + extent.max)
         part = {
-            name: _cut(value, start, stop, extent.min) if name in batched else value
-            for name, value in inputs.items()
+            name: _cut(value, start, stop, extent.min) if name in batched else value for name, value in inputs.items()
         }
         runs.append({name: value[: stop - start].float() for name, value in _run(session, part).items()})
     return runs[0] if len(runs) == 1 else {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
@@ -55,8 +54,5 @@ def _cut(value: torch.Tensor, start: int, stop: int, least: int) -> torch.Tensor
 def _run(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     check_inputs(session.spec, session.extents, inputs)
     return session.run(
-        {
-            t.name: inputs[t.name].detach().to("cpu", TORCH_DTYPES[t.dtype]).contiguous()
-            for t in session.spec.inputs
-        }
+        {t.name: inputs[t.name].detach().to("cpu", TORCH_DTYPES[t.dtype]).contiguous() for t in session.spec.inputs}
     )

@@ -145,9 +145,7 @@ def _scheduler_for(pipe: DiffusionPipeline, name: SchedulerName) -> Any:
 
     bundle = opened_bundle(pipe)
     manifest = bundle.manifest
-    return make_scheduler(
-        name, bundle.scheduler_config, family=manifest.family, prediction=manifest.prediction
-    )
+    return make_scheduler(name, bundle.scheduler_config, family=manifest.family, prediction=manifest.prediction)
 
 
 def _refuse_without_picture(pipe: DiffusionPipeline) -> None:

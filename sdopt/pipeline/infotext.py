@@ -56,9 +56,7 @@ def parse_infotext(text: str) -> GenerateRequest:
     *lines, last = text.strip().split("\n")
     settings = dict(_SETTING.findall(last))
     if len(settings) < _LEAST_SETTINGS or not {"Steps", "Seed"} <= settings.keys():
-        raise ArtifactError(
-            "the picture's parameters are not in A1111's format: the last line has no Steps and Seed"
-        )
+        raise ArtifactError("the picture's parameters are not in A1111's format: the last line has no Steps and Seed")
     prompt, negative = _split_prompts(lines)
     settings = {key: _unquote(value) for key, value in settings.items()}
     values: dict[str, Any] = {"prompt": prompt, "steps": settings["Steps"], "seed": settings["Seed"]}

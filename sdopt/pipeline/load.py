@@ -1,4 +1,4 @@
-"""A bundle's folder to a pipeline: read the manifest, open each engine, assemble."""
+"""A bundle's folder to a pipeline: read the manifest, check what it names, open each engine, assemble."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ from pathlib import Path
 import diffusers
 
 from sdopt import progress
-from sdopt.artifacts.bundle import bundle_extents, require_intact
+from sdopt.artifacts.bundle import bundle_extents
 from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.networks import EngineModule
+from sdopt.pipeline.preflight import require_runnable, require_sound
 
-_WEIGHTS = ".safetensors"
 
+def load_pipeline(folder: str | PathLike[str], *, scheduler: str | None = None) -> diffusers.DiffusionPipeline:
+    """Open a bundle; see `sdopt.load`. The engines stay open until `close_engines`, or until the process ends.
 
-def load_pipeline(
-    folder: str | PathLike[str], *, scheduler: str | None = None
-) -> diffusers.DiffusionPipeline:
-    """Open a bundle; see `sdopt.load`. The engines stay open until `close_engines`, or until the process
-    ends.
-
-    Raises `ArtifactError` for a folder that is no valid bundle, `UsageError` for a scheduler that does not
-    fit it, and `EnvironmentMissingError` where this machine cannot run it.
+    Raises `ArtifactError` for a folder that is no valid or a damaged bundle, `UnsafeInputError` for a graph that
+    names files elsewhere, `UsageError` for a scheduler that does not fit, and `EnvironmentMissingError` where this
+    machine cannot run it.
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    # Everything that a runtime or a library interprets. Weights are plain numbers, and gigabytes: `sdopt
-    # check` has them.
-    require_intact(path, {name: file for name, file in manifest.files.items() if not name.endswith(_WEIGHTS)})
+    require_sound(path, manifest)
+    require_runnable(manifest)
     order = [name for name in ComponentName if name in manifest.components]
     with ExitStack() as opened:
         sessions = {}

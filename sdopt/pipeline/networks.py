@@ -142,9 +142,7 @@ class EngineUNet(EngineModule):
             width = self.session.spec.input("timestep_cond").axes[1]
             inputs["timestep_cond"] = torch.zeros(rows, int(width))
         if missing := known - inputs.keys():
-            raise UsageError(
-                f"this UNet needs {' and '.join(sorted(missing))}, which the pipeline did not pass"
-            )
+            raise UsageError(f"this UNet needs {' and '.join(sorted(missing))}, which the pipeline did not pass")
         return inputs
 
 
@@ -205,9 +203,7 @@ class EngineTextEncoder(EngineModule):
     themselves.
     """
 
-    def __init__(
-        self, session: Session, config: Config, final_norm: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
+    def __init__(self, session: Session, config: Config, final_norm: tuple[torch.Tensor, torch.Tensor]) -> None:
         super().__init__()
         self.session = session
         self.sessions = (session,)

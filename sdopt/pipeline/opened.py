@@ -31,7 +31,5 @@ def opened_bundle(pipe: Any) -> OpenedBundle:
     """
     bundle = getattr(pipe.unet, "bundle", None)
     if not isinstance(bundle, OpenedBundle):
-        raise UsageError(
-            "this pipeline was not loaded from a bundle", hint="load one with sdopt.load(folder)"
-        )
+        raise UsageError("this pipeline was not loaded from a bundle", hint="load one with sdopt.load(folder)")
     return bundle

@@ -60,9 +60,7 @@ def write_picture(
     permission.
     """
     data = _encode(image, recipe, sampler, model_hash)
-    number = 1 + max(
-        (int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.match(path.name))), default=0
-    )
+    number = 1 + max((int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.match(path.name))), default=0)
     temporary = folder / f".{os.getpid()}-{number}.png"
     write_file(temporary, data)
     try:

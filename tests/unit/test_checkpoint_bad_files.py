@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import struct
 import sys
 import types
@@ -24,7 +25,7 @@ from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
-from tests.checkpoints import make_model, read_tensor, small_recipe, to_original, write_single_file
+from tests.checkpoints import make_model, read_tensor, small_recipe, to_original, write_hollow_file, write_single_file
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,24 @@ def test_a_file_that_lacks_a_part_or_has_an_odd_one(tmp_path: Path) -> None:
         open_changed({**state, key: state[key][:100]})
 
 
+@pytest.mark.parametrize("family", [Family.SD2, Family.SDXL])
+def test_any_set_of_tensors_is_read_or_refused(tmp_path: Path, family: Family) -> None:
+    state = to_original(make_model(small_recipe(family), device="meta"))
+    choose = random.Random(0)
+    modules = sorted({key.rpartition(".")[0] for key in state} - {""})
+    for _ in range(15):
+        dropped = tuple(choose.sample(modules, choose.randint(0, 2)))
+        changed = {key: value for key, value in state.items() if not dropped or not key.startswith(dropped)}
+        for key in choose.sample(sorted(changed), choose.randint(0, 2)):
+            shape = [choose.randint(0, 96) for _ in range(choose.randint(0, 4))]
+            changed[key] = torch.empty(shape, dtype=torch.float16, device="meta")
+        needed = all(key in changed and changed[key].shape == state[key].shape for key in state)
+        try:
+            open_checkpoint(str(write_hollow_file(tmp_path / "x.safetensors", changed)))
+        except CheckpointError:
+            assert not needed
+
+
 def test_a_ckpt_file_is_read_as_its_tensors(tmp_path: Path, cache: Path) -> None:
     model = make_model(small_recipe(Family.SD1))
     path = tmp_path / "model.ckpt"
@@ -170,13 +189,18 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path: Path, how
     assert not list((tmp_path / "cache" / "pickles").iterdir())
 
 
+def test_a_small_pickle_that_names_a_huge_tensor_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, tmp_path / "x.ckpt")
+    with pytest.raises(UnsafeInputError, match="names tensors of 4398046511104"):
+        convert_pickle(tmp_path / "x.ckpt")
+
+
 def test_damaged_pickles(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.zeros(1000)}}, tmp_path / "x.ckpt")
     raw = (tmp_path / "x.ckpt").read_bytes()
-    for damaged in (raw[: len(raw) // 2], b""):
-        (tmp_path / "y.ckpt").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="truncated or no checkpoint"):
-            convert_pickle(tmp_path / "y.ckpt")
+    (tmp_path / "y.ckpt").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CheckpointError, match="truncated or no checkpoint"):
+        convert_pickle(tmp_path / "y.ckpt")
     torch.save([1, 2], tmp_path / "z.ckpt")
     with pytest.raises(CheckpointError, match="no tensors by name"):
         convert_pickle(tmp_path / "z.ckpt")

@@ -49,12 +49,8 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 def test_a_variant_is_taken_where_there_is_nothing_plain(folder: Path) -> None:
     unet = folder / "unet"
     state = load_file(unet / UNET_FILE)
-    save_file(
-        {key: value + 1 for key, value in state.items()}, unet / "diffusion_pytorch_model.fp16.safetensors"
-    )
-    save_file(
-        {key: value + 2 for key, value in state.items()}, unet / "diffusion_pytorch_model.non_ema.safetensors"
-    )
+    save_file({key: value + 1 for key, value in state.items()}, unet / "diffusion_pytorch_model.fp16.safetensors")
+    save_file({key: value + 2 for key, value in state.items()}, unet / "diffusion_pytorch_model.non_ema.safetensors")
     assert equal(read_unet(folder), state)
     (unet / UNET_FILE).unlink()
     assert equal(read_unet(folder), {key: value + 1 for key, value in state.items()})
@@ -90,9 +86,7 @@ def test_shards(folder: Path, variant: str) -> None:
         open_checkpoint(str(folder))
 
 
-def test_pickled_weights_go_through_the_sandbox(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_pickled_weights_go_through_the_sandbox(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SDOPT_CACHE", str(tmp_path / "cache"))
     state = load_file(folder / "unet" / UNET_FILE)
     (folder / "unet" / UNET_FILE).unlink()
@@ -135,9 +129,7 @@ def test_short_configs_of_old_models_are_completed(folder: Path) -> None:
 
 
 def test_scheduler_and_options_and_licence(folder: Path) -> None:
-    (folder / "README.md").write_text(
-        "---\nlicense: creativeml-openrail-m\ntags:\n- x\n---\n# x\nlicense: no\n"
-    )
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags:\n- x\n---\n# x\nlicense: no\n")
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -148,12 +140,8 @@ def test_scheduler_and_options_and_licence(folder: Path) -> None:
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     assert open_checkpoint(str(folder)).prediction is Prediction.V_PREDICTION
-    assert (
-        open_checkpoint(str(folder), prediction=Prediction.EPSILON).scheduler["prediction_type"] == "epsilon"
-    )
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({**scheduler, "prediction_type": "sample"})
-    )
+    assert open_checkpoint(str(folder), prediction=Prediction.EPSILON).scheduler["prediction_type"] == "epsilon"
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**scheduler, "prediction_type": "sample"}))
     with pytest.raises(CheckpointError, match="prediction_type is 'sample'"):
         open_checkpoint(str(folder))
 
@@ -236,6 +224,9 @@ def truncate_weights(folder: Path) -> None:
         (change_config(INDEX, _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline, not"),
         (change_config(INDEX, text_encoder=["transformers", "T5EncoderModel"]), "T5EncoderModel"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks the folder vae"),
+        (lambda folder: shutil.rmtree(folder / "unet"), "lacks the folder unet"),
+        (change_config(INDEX, controlnet=["diffusers", "ControlNetModel"]), "a pipeline with controlnet"),
+        (change_config("unet/config.json", attention_type="gated"), "GLIGEN"),
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "has no text encoder"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "lacks tokenizer/vocab.json"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), r"lacks unet/config\.json"),
@@ -272,16 +263,28 @@ def test_vae_with_the_original_names_in_a_diffusers_folder_is_refused(folder: Pa
         open_checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("online", [True, False])
 def test_an_id_is_looked_up_in_the_cache_when_offline(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, online: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    http_error = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+
+    def refuse_connection(*_: object, **__: object) -> None:
+        raise http_error("connection refused")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(CheckpointError, match="nor in the Hugging Face cache") as caught:
         open_checkpoint("owner/name")
     assert "HF_HUB_OFFLINE" in caught.value.hint
+    # Not asked to stay offline, but nobody answers: the cache is asked too.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", online is False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse_connection)
+    with pytest.raises(CheckpointError, match="the hub was not reached"):
+        open_checkpoint("owner/name")
     revision = "0123456789abcdef0123456789abcdef01234567"
     model = tmp_path / "hub" / "models--owner--name"
     shutil.copytree(folder, model / "snapshots" / revision)

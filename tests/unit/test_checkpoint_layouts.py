@@ -30,9 +30,7 @@ KINDS = [*((family, False) for family in Family), (Family.SD1, True), (Family.SD
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}{'-inpainting' if kind[1] else ''}")
-def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Model, Path, Path]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path, Path]:
     family, inpainting = request.param
     root = tmp_path_factory.mktemp("model")
     model = make_model(small_recipe(family, inpainting=inpainting))
@@ -72,9 +70,7 @@ def test_the_tensors_are_the_modules_own(made: tuple[Model, Path, Path]) -> None
     unet = list_tensors(checkpoint, ComponentName.UNET)
     assert unet.keys() == model.unet.keys()
     assert all(torch.equal(unet[key], model.unet[key]) for key in unet)
-    vae = list_tensors(checkpoint, ComponentName.VAE_DECODER) | list_tensors(
-        checkpoint, ComponentName.VAE_ENCODER
-    )
+    vae = list_tensors(checkpoint, ComponentName.VAE_DECODER) | list_tensors(checkpoint, ComponentName.VAE_ENCODER)
     assert vae.keys() == model.vae.keys()
     assert "post_quant_conv.weight" in checkpoint.components[ComponentName.VAE_DECODER].tensors
     assert "quant_conv.weight" in checkpoint.components[ComponentName.VAE_ENCODER].tensors
@@ -94,12 +90,8 @@ def test_unet_and_vae_agree_with_diffusers_own_reader(made: tuple[Model, Path, P
     ours = list_tensors(checkpoint, ComponentName.UNET)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in ours)
-    expected = oracle.convert_ldm_vae_checkpoint(
-        dict(state), checkpoint.components[ComponentName.VAE_DECODER].config
-    )
-    vae = list_tensors(checkpoint, ComponentName.VAE_DECODER) | list_tensors(
-        checkpoint, ComponentName.VAE_ENCODER
-    )
+    expected = oracle.convert_ldm_vae_checkpoint(dict(state), checkpoint.components[ComponentName.VAE_DECODER].config)
+    vae = list_tensors(checkpoint, ComponentName.VAE_DECODER) | list_tensors(checkpoint, ComponentName.VAE_ENCODER)
     assert vae.keys() == expected.keys()
     assert all(torch.equal(vae[key], expected[key].reshape(vae[key].shape)) for key in vae)
 
@@ -108,17 +100,13 @@ def test_unet_and_vae_agree_with_diffusers_own_reader(made: tuple[Model, Path, P
 def test_openclip_agrees_with_diffusers_own_reader(tmp_path: Path, family: Family) -> None:
     model = make_model(small_recipe(family))
     name = list(model.text)[-1]
-    state = {
-        f"p.{key}": value for key, value in to_openclip(model.text[name], unused=family is Family.SD2).items()
-    }
+    state = {f"p.{key}": value for key, value in to_openclip(model.text[name], unused=family is Family.SD2).items()}
     module = type("Module", (), {"config": object()})()
     expected = oracle.convert_open_clip_checkpoint(module, state, prefix="p.")
     # It knows the unused layer by the published model's number only, and always keeps the projection.
     dropped = (".layers.2.", "text_projection") if family is Family.SD2 else ()
     expected = {
-        key: value
-        for key, value in expected.items()
-        if not any(part in key for part in (*dropped, "position_ids"))
+        key: value for key, value in expected.items() if not any(part in key for part in (*dropped, "position_ids"))
     }
     file = write_single_file(tmp_path / "x.safetensors", to_original(model))
     ours = list_tensors(open_checkpoint(str(file)), ComponentName(name))
@@ -130,14 +118,9 @@ def test_openclip_agrees_with_diffusers_own_reader(tmp_path: Path, family: Famil
 
 def test_clip_of_old_files_without_prefix(tmp_path: Path) -> None:
     model = make_model(small_recipe(Family.SD1))
-    state = {
-        key.replace("transformer.text_model.", "transformer."): value
-        for key, value in to_original(model).items()
-    }
+    state = {key.replace("transformer.text_model.", "transformer."): value for key, value in to_original(model).items()}
     checkpoint = open_checkpoint(str(write_single_file(tmp_path / "old.safetensors", state)))
-    assert (
-        checkpoint.components[ComponentName.TEXT_ENCODER].tensors.keys() == model.text["text_encoder"].keys()
-    )
+    assert checkpoint.components[ComponentName.TEXT_ENCODER].tensors.keys() == model.text["text_encoder"].keys()
 
 
 @pytest.mark.parametrize(
@@ -154,16 +137,12 @@ def test_prediction_of_a_single_file(
 ) -> None:
     state = to_original(make_model(small_recipe(Family.SD2)))
     state |= {sign: torch.tensor([]) for sign in signs}
-    file = write_single_file(
-        tmp_path / "x.safetensors", state, {**metadata, "modelspec.license": "OpenRAIL++"}
-    )
+    file = write_single_file(tmp_path / "x.safetensors", state, {**metadata, "modelspec.license": "OpenRAIL++"})
     checkpoint = open_checkpoint(str(file))
     assert checkpoint.prediction == expected
     assert checkpoint.scheduler.get("prediction_type") == expected
     assert checkpoint.source.licence == "OpenRAIL++"
-    assert checkpoint.components[ComponentName.UNET].config["sample_size"] == (
-        64 if expected == "epsilon" else 96
-    )
+    assert checkpoint.components[ComponentName.UNET].config["sample_size"] == (64 if expected == "epsilon" else 96)
     asked = open_checkpoint(str(file), prediction=Prediction.EPSILON)
     assert (asked.prediction, asked.scheduler["prediction_type"]) == (Prediction.EPSILON, "epsilon")
 
@@ -192,9 +171,7 @@ def test_pruned_unet_of_the_ssd_kind(tmp_path: Path, middle: str | None) -> None
     file = open_checkpoint(str(write_single_file(tmp_path / "x.safetensors", to_original(model))))
     ours, other = (c.components[ComponentName.UNET] for c in (folder, file))
     assert ours.config == other.config
-    assert {k: ref.shape for k, ref in ours.tensors.items()} == {
-        k: ref.shape for k, ref in other.tensors.items()
-    }
+    assert {k: ref.shape for k, ref in ours.tensors.items()} == {k: ref.shape for k, ref in other.tensors.items()}
 
 
 def test_another_vae(tmp_path: Path) -> None:
@@ -204,8 +181,7 @@ def test_another_vae(tmp_path: Path) -> None:
     files = {
         "diffusers": other,
         "bare": original,
-        "prefixed": {f"first_stage_model.{k}": v for k, v in original.items()}
-        | {"loss.logvar": torch.zeros(())},
+        "prefixed": {f"first_stage_model.{k}": v for k, v in original.items()} | {"loss.logvar": torch.zeros(())},
     }
     file = write_single_file(tmp_path / "model.safetensors", to_original(model))
     without = {key: value for key, value in to_original(model).items() if not key.startswith("first_stage")}

@@ -98,20 +98,14 @@ def test_a_full_size_file_gives_the_published_configs(tmp_path: Path, name: str)
     for part, config in recipe.text.items():
         assert_says(checkpoint.components[ComponentName(part)].config, config)
         tensors = checkpoint.components[ComponentName(part)].tensors
-        assert {k: ref.shape for k, ref in tensors.items()} == {
-            k: tuple(v.shape) for k, v in model.text[part].items()
-        }
+        assert {k: ref.shape for k, ref in tensors.items()} == {k: tuple(v.shape) for k, v in model.text[part].items()}
     unet = checkpoint.components[ComponentName.UNET].tensors
-    assert {key: ref.shape for key, ref in unet.items()} == {
-        key: tuple(v.shape) for key, v in model.unet.items()
-    }
+    assert {key: ref.shape for key, ref in unet.items()} == {key: tuple(v.shape) for key, v in model.unet.items()}
     vae = {
         **checkpoint.components[ComponentName.VAE_DECODER].tensors,
         **checkpoint.components[ComponentName.VAE_ENCODER].tensors,
     }
-    assert {key: ref.shape for key, ref in vae.items()} == {
-        key: tuple(v.shape) for key, v in model.vae.items()
-    }
+    assert {key: ref.shape for key, ref in vae.items()} == {key: tuple(v.shape) for key, v in model.vae.items()}
 
 
 def test_a_file_of_sd2_with_its_unused_layer_lost(tmp_path: Path) -> None:

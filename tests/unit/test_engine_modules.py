@@ -32,9 +32,7 @@ CLIP = {
 class RowByRow(torch.nn.Module):
     """Stands for a UNet: each row's result depends on that row of every input, and on the timestep."""
 
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
         assert timestep.shape == ()
         sums = [condition.flatten(1).sum(1).view(-1, 1, 1, 1) for condition in conditions]
         return sample * 2 + timestep + sum(sums)
@@ -52,9 +50,7 @@ class Rescale(torch.nn.Module):
         return scaled.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
 
 
-def make_unet(
-    *, batch: Extent = ONE, dtype: DType = DType.FP32, **config: Any
-) -> tuple[EngineUNet, ReferenceSession]:
+def make_unet(*, batch: Extent = ONE, dtype: DType = DType.FP32, **config: Any) -> tuple[EngineUNet, ReferenceSession]:
     merged = UNET | config
     spec = describe_component(ComponentName.UNET, merged, Family.SDXL, dtype)
     profile = ShapeProfile(batch, Extent.static(16), Extent.static(16))
@@ -235,9 +231,7 @@ def test_text_encoder_gives_what_transformers_gives(clip: tuple[CLIPTextModel, E
     "arguments",
     [{"attention_mask": torch.ones(1, 7)}, {"position_ids": torch.ones(1, 7)}, {"output_attentions": True}],
 )
-def test_text_encoder_refuses(
-    clip: tuple[CLIPTextModel, EngineTextEncoder], arguments: Mapping[str, Any]
-) -> None:
+def test_text_encoder_refuses(clip: tuple[CLIPTextModel, EngineTextEncoder], arguments: Mapping[str, Any]) -> None:
     with pytest.raises(UsageError, match="no input for"):
         clip[1](torch.zeros(1, 7, dtype=torch.int64), **arguments)
 

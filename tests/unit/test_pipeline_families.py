@@ -51,12 +51,8 @@ def load_plain(folder: Path, kind: Any, **flags: Any) -> Any:
     for path in folder.glob("text_encoder*"):
         config = json.loads((path / "config.json").read_text())
         projected = config["architectures"] == ["CLIPTextModelWithProjection"]
-        encoder = (CLIPTextModelWithProjection if projected else CLIPTextModel)(
-            CLIPTextConfig(**config)
-        ).eval()
-        encoder.load_state_dict(
-            {key: value.float() for key, value in load_file(path / "model.safetensors").items()}
-        )
+        encoder = (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**config)).eval()
+        encoder.load_state_dict({key: value.float() for key, value in load_file(path / "model.safetensors").items()})
         parts[path.name] = encoder
         tokenizer = path.name.replace("text_encoder", "tokenizer")
         parts[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer)
@@ -146,9 +142,7 @@ def test_draws_what_torch_draws_at_the_bundles_size(case: str, pipe: Any, plain:
     assert drawn.shape == (1, 32, 48, 3)
     np.testing.assert_allclose(drawn, draw(plain, **inputs, **size), atol=5e-3)
     guided = {"negative_prompt": "fog", "num_images_per_prompt": 2, "guidance_scale": 3.0}
-    np.testing.assert_allclose(
-        draw(pipe, **inputs, **guided), draw(plain, **inputs, **size, **guided), atol=5e-3
-    )
+    np.testing.assert_allclose(draw(pipe, **inputs, **guided), draw(plain, **inputs, **size, **guided), atol=5e-3)
     if case.startswith("sdxl"):
         # SDXL counts from the last but one; SD is tested with the shipped checkpoint.
         skipping = {"clip_skip": 1}
@@ -156,9 +150,7 @@ def test_draws_what_torch_draws_at_the_bundles_size(case: str, pipe: Any, plain:
             draw(pipe, **inputs, **skipping), draw(plain, **inputs, **size, **skipping), atol=5e-3
         )
     unguided = {"guidance_scale": 1.0}
-    np.testing.assert_allclose(
-        draw(pipe, **inputs, **unguided), draw(plain, **inputs, **size, **unguided), atol=5e-3
-    )
+    np.testing.assert_allclose(draw(pipe, **inputs, **unguided), draw(plain, **inputs, **size, **unguided), atol=5e-3)
 
 
 def test_generate_draws_from_a_prompt_or_says_what_is_missing(case: str, pipe: Any) -> None:

@@ -47,9 +47,7 @@ def make(name: Any, base: dict[str, Any] = SD15, family: Family = Family.SD1, **
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     bundle = make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
     ours = assemble_pipeline(bundle.folder, bundle.manifest, bundle.sessions)
-    plain = diffusers.StableDiffusionPipeline.from_pretrained(
-        TINY_SHAPES, dtype=torch.float32, safety_checker=None
-    )
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(TINY_SHAPES, dtype=torch.float32, safety_checker=None)
     for pipe in (ours, plain):
         pipe.set_progress_bar_config(disable=True)
     return ours, plain
@@ -109,13 +107,9 @@ def test_unknown_name_gets_the_nearest() -> None:
 def test_draws_the_colour_and_what_torch_draws(name: SchedulerName, pipes: tuple[Any, Any]) -> None:
     ours, plain = pipes
     # LCM needs a distilled model; on this one it blurs, yet has to blur as torch does.
-    request = GenerateRequest(
-        prompt="a large red circle on a blue background", seed=5, steps=20, scheduler=name
-    )
+    request = GenerateRequest(prompt="a large red circle on a blue background", seed=5, steps=20, scheduler=name)
     drawn = np.asarray(generate(ours, request)).astype(float)
-    plain.scheduler = make(
-        name, json.loads((TINY_SHAPES / "scheduler" / "scheduler_config.json").read_text())
-    )
+    plain.scheduler = make(name, json.loads((TINY_SHAPES / "scheduler" / "scheduler_config.json").read_text()))
     expected = np.asarray(generate(plain, request.model_copy(update={"scheduler": None}))).astype(float)
     assert np.abs(drawn - expected).max() <= 1
     red, _green, blue = np.moveaxis(drawn, -1, 0)
@@ -155,9 +149,7 @@ def test_zero_terminal_snr_is_kept_or_refused(name: SchedulerName) -> None:
     if name not in FIT_ZERO_SNR:
         with pytest.raises(UsageError, match="zero terminal SNR") as caught:
             make(name, ZERO_SNR, Family.SDXL, prediction=Prediction.V_PREDICTION)
-        assert ", ".join(sorted(FIT_ZERO_SNR)) == ", ".join(
-            sorted(caught.value.hint.split(": ")[1].split(", "))
-        )
+        assert ", ".join(sorted(FIT_ZERO_SNR)) == ", ".join(sorted(caught.value.hint.split(": ")[1].split(", ")))
         return
     scheduler = make(name, ZERO_SNR, Family.SDXL, prediction=Prediction.V_PREDICTION)
     assert scheduler.config.rescale_betas_zero_snr is True
@@ -179,10 +171,7 @@ def test_own_scheduler_of_sd_needs_no_correction_by_the_pipeline() -> None:
     old = SD15 | {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True}
     assert make(None, old).config.steps_offset == 1
     assert make(None, old).config.clip_sample is False
-    assert (
-        make(None, old, Family.SD2, prediction=Prediction.V_PREDICTION).config.prediction_type
-        == "v_prediction"
-    )
+    assert make(None, old, Family.SD2, prediction=Prediction.V_PREDICTION).config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("kind", ["", "os", "__class__", "AutoencoderKL", "Nonsense", "a.b"])

@@ -1,0 +1,133 @@
+"""What a report says, in words and formatted figures: shared by the terminal and the HTML report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdopt.artifacts.manifest import ImageFidelity
+from sdopt.bench.candidates import ENGINES, Baseline
+from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status
+from sdopt.bench.stats import Ratio, Summary, compare_speed, summarize
+from sdopt.fidelity.verdict import format_psnr, limit_for
+from sdopt.model.precision import Precision
+
+# Smaller differences are called none: another layout of the same code in memory makes as much.
+_LEAST_EFFECT = 0.02
+
+
+@dataclass(frozen=True)
+class CandidateSummary:
+    """A candidate's derived figures. `speed` is against torch eager fp32; None where either was not
+    measured.
+    """
+
+    record: CandidateRecord
+    stages: dict[Stage, Summary]
+    speed: Ratio | None
+    load_ns: float | None
+    first_picture_ns: float | None
+    cold_start_ns: float | None
+    peak_rss_bytes: int | None
+
+    @property
+    def whole(self) -> Summary | None:
+        return self.stages.get(Stage.END_TO_END)
+
+    @property
+    def worst_psnr_db(self) -> float | None:
+        """Of its pictures against torch fp32, in dB; infinity for equal ones, None where not measured."""
+        return min((math.inf if f.psnr_db is None else f.psnr_db for f in self.record.fidelity), default=None)
+
+
+def summarize_candidates(report: BenchReport) -> list[CandidateSummary]:
+    baseline = report.candidate(Baseline.EAGER_FP32)
+    return [_summarize(candidate, baseline) for candidate in report.candidates]
+
+
+def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> CandidateSummary:
+    stages = {stage: summary for stage in Stage if (summary := summarize(record.samples_of(stage)))}
+    speed = None
+    if baseline is not None and baseline.name != record.name:
+        speed = compare_speed(baseline.samples_of(Stage.END_TO_END), record.samples_of(Stage.END_TO_END))
+    processes = record.processes
+    # The least of several cold starts: the first one also pays for a cold disk cache.
+    return CandidateSummary(
+        record, stages, speed,
+        load_ns=min((process.load_ns for process in processes), default=None),
+        first_picture_ns=min((process.first_picture_ns for process in processes), default=None),
+        cold_start_ns=min((process.cold_start_ns for process in processes), default=None),
+        peak_rss_bytes=max((process.peak_rss_bytes for process in processes), default=None),
+    )  # fmt: skip
+
+
+def describe_result(report: BenchReport) -> str:
+    """The result in a sentence or three: how fast the engines are, and whether the pictures agree."""
+    engines = report.candidate(ENGINES)
+    if engines is None:
+        return "The engines of the bundle were not measured."
+    if engines.status is not Status.OK:
+        return f"The engines ({engines.label}) {engines.status}: {engines.message.splitlines()[0]}"
+    speeds = [
+        f"{_describe_speed(ratio)} {baseline.label}"
+        for baseline in report.candidates
+        if baseline.name != ENGINES
+        and (ratio := compare_speed(baseline.samples_of(Stage.END_TO_END), engines.samples_of(Stage.END_TO_END)))
+    ]
+    whole = summarize(engines.samples_of(Stage.END_TO_END))
+    what = "a picture" if report.case.batch == 1 else f"{report.case.batch} pictures"
+    first = f"{engines.label} draws {what} in {format_ns(whole.median_ns if whole else None)}"
+    if speeds:
+        first += f": {_join(speeds)}"
+    return f"{first}. {_describe_pictures(engines)}"
+
+
+def _describe_speed(ratio: Ratio) -> str:
+    if ratio.low <= 1 <= ratio.high or abs(ratio.value - 1) < _LEAST_EFFECT:
+        return "no faster or slower than"
+    return f"{ratio.value:.2f} times as fast as"
+
+
+def _describe_pictures(engines: CandidateRecord) -> str:
+    if not engines.fidelity:
+        return "Its pictures were not compared, because torch fp32 could not draw them."
+    worst = min(engines.fidelity, key=lambda f: math.inf if f.psnr_db is None else f.psnr_db)
+    figures = f"PSNR {format_psnr(worst.psnr_db)} or better, SSIM {min(f.ssim for f in engines.fidelity):.3f} or better"
+    if agrees(engines.fidelity, engines.precision):
+        return f"The pictures agree with those of torch fp32 ({figures})."
+    return f"The pictures differ from those of torch fp32 ({figures.replace(' or better', '')})."
+
+
+def agrees(fidelity: Sequence[ImageFidelity], precision: Precision) -> bool:
+    """Whether every picture reaches what the fidelity verdict asks of its precision."""
+    return all(limit_for(image, precision).holds_for(image) for image in fidelity)
+
+
+def format_ns(value_ns: float | None) -> str:
+    """Three digits and a unit; a dash for what was not measured."""
+    if value_ns is None:
+        return "–"
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if value_ns >= size:
+            value = value_ns / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{value_ns:.0f} ns"
+
+
+def format_bytes(value_bytes: float | None) -> str:
+    """Decimal units, as disks are sold."""
+    if value_bytes is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value_bytes >= size:
+            return f"{value_bytes / size:.{2 if value_bytes < 10 * size else 0}f} {unit}"
+    return f"{value_bytes:.0f} B"
+
+
+def format_speed(ratio: Ratio | None) -> str:
+    return "–" if ratio is None else f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

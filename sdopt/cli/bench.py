@@ -1,0 +1,158 @@
+"""`sdopt bench`: how fast a bundle's engines are beside torch, what they cost in memory, and what they
+draw.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from sdopt import progress
+from sdopt.errors import BackendError, MissingDependency, UsageError
+
+if TYPE_CHECKING:
+    from sdopt.bench.report import BenchReport
+    from sdopt.bench.run import BenchResult
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write report.html and report.json here."
+)
+@click.option(
+    "--against",
+    default="eager-fp32,eager-bf16,compile",
+    show_default=True,
+    metavar="LIST",
+    help="What of torch to measure beside the engines.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(1, 100), default=2, show_default=True, help="Processes for each candidate."
+)
+@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Steps of the scheduler.")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="What to draw; several times for several.  [default: the bundle's]"
+)
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=click.FloatRange(1),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="For each process; a candidate that takes longer is reported as failed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on standard output.")
+def bench(
+    folder: Path,
+    report: Path | None,
+    against: str,
+    repeats: int,
+    steps: int,
+    prompts: tuple[str, ...],
+    time_limit_s: float,
+    as_json: bool,
+) -> None:
+    """Measure the bundle in FOLDER: latency by stage, memory, and the pictures, beside torch on the same
+    weights.
+
+    Every candidate runs in fresh processes, interleaved with the others. One that fails becomes a row with
+    its message.
+    """
+    from sdopt.bench.candidates import parse_against
+    from sdopt.bench.run import BenchRequest, run_bench
+
+    request = BenchRequest(
+        folder,
+        parse_against(against),
+        prompts,
+        steps,
+        repeats,
+        time_limit_s,
+        command=shlex.join(["sdopt", *sys.argv[1:]]),
+    )
+    if report is not None:
+        _prepare(report)
+    with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as work, progress.shown_on_stderr():
+        result = run_bench(request, Path(work))
+    if as_json:
+        sys.stdout.write(result.report.to_json().decode())
+    _print_table(result.report)
+    if report is not None:
+        _write(report, result)
+    _require_engines(result.report)
+
+
+def _prepare(report: Path) -> None:
+    """Fail before the work, not after it: without the libraries of the report, and for a folder that cannot
+    be.
+    """
+    from sdopt.artifacts.files import disk_errors
+
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency.of(error.name or "jinja2", extra="report") from error
+    try:
+        with disk_errors(report):
+            report.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{report} cannot be a folder: a file is in its place", hint="choose another --report"
+        ) from error
+
+
+def _write(folder: Path, result: BenchResult) -> None:
+    from sdopt.artifacts.files import write_file
+    from sdopt.bench.render import render_html
+    from sdopt.bench.report import write_report
+
+    write_report(folder / "report.json", result.report)
+    write_file(folder / "report.html", render_html(result).encode())
+    print(folder / "report.html", file=sys.stderr)
+
+
+def _print_table(report: BenchReport) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sdopt.bench.report import Stage, Status
+    from sdopt.bench.summary import describe_result, format_bytes, format_ns, format_speed, summarize_candidates
+    from sdopt.fidelity.verdict import format_psnr
+
+    table = Table(title=escape(f"{report.case.bundle}, {report.case.steps} steps"), title_justify="left")
+    for column in ("candidate", "one call", "p90", "UNet step", "× eager fp32", "cold start", "peak memory", "PSNR"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for row in summarize_candidates(report):
+        if row.record.status is not Status.OK or row.whole is None:
+            table.add_row(escape(row.record.label), row.record.status.value)
+            continue
+        step = row.stages.get(Stage.UNET_STEP)
+        table.add_row(
+            escape(row.record.label), format_ns(row.whole.median_ns), format_ns(row.whole.p90_ns),
+            format_ns(step.median_ns if step else None), format_speed(row.speed), format_ns(row.cold_start_ns),
+            format_bytes(row.peak_rss_bytes), "–" if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db),
+        )  # fmt: skip
+    console = Console(stderr=True)
+    console.print(table)
+    for candidate in report.candidates:
+        if candidate.status is not Status.OK:
+            console.print(escape(f"{candidate.label} {candidate.status}: {candidate.message}"))
+    console.print(escape(describe_result(report)))
+
+
+def _require_engines(report: BenchReport) -> None:
+    from sdopt.bench.candidates import ENGINES
+    from sdopt.bench.report import Status
+
+    engines = report.candidate(ENGINES)
+    if engines is not None and engines.status is not Status.OK:
+        raise BackendError(f"the engines ({engines.label}) could not be measured: {engines.message}")
