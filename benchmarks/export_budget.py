@@ -46,7 +46,9 @@ class Row:
 def measure(command: list[str], cache: Path) -> tuple[float, float]:
     """(seconds, peak GB of the process tree) of a command that must succeed."""
     started = time.monotonic()
-    with subprocess.Popen(command, env={**os.environ, "SDOPT_CACHE": str(cache)}, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env={**os.environ, "SDOPT_CACHE": str(cache)}, stderr=subprocess.PIPE, text=True
+    ) as process:
         tree, peak_bytes = psutil.Process(process.pid), 0
         while process.poll() is None:
             peak_bytes = max(peak_bytes, _resident_bytes(tree))

@@ -3,8 +3,8 @@
     python benchmarks/random_checkpoints.py sd15 out/random/sd15
     python benchmarks/random_checkpoints.py sdxl out/random/sdxl
 
-The pictures that they draw mean nothing. Weights are scaled by fan-in, so that activations keep a sane size and a numeric
-comparison means something. The tokenizer's vocabulary has CLIP's size and no more than letters in it.
+The pictures that they draw mean nothing. Weights are scaled by fan-in, so that activations keep a sane size and a
+numeric comparison means something. The tokenizer's vocabulary has CLIP's size and no more than letters in it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 UNET_SD15: dict[str, Any] = {
-    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280),
+    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": (_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", _CROSS_UP, _CROSS_UP, _CROSS_UP),
 }  # fmt: skip
 UNET_SDXL: dict[str, Any] = {
     "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
-    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN), "up_block_types": (_CROSS_UP, _CROSS_UP, "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN),
+    "up_block_types": (_CROSS_UP, _CROSS_UP, "UpBlock2D"),
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 

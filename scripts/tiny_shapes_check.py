@@ -187,7 +187,8 @@ def read_image(pixels: Pixels) -> Reading:
 
 def _measure_ground(pixels: Pixels) -> NDArray[np.float64]:
     ends = np.r_[:CORNER_PX, -CORNER_PX:0]
-    return np.median(pixels[np.ix_(ends, ends)].reshape(-1, 3).astype(float), axis=0)
+    corners = pixels[np.ix_(ends, ends)].reshape(-1, 3)
+    return np.asarray(np.median(corners, axis=0), dtype=np.float64)
 
 
 def _find_blob(pixels: Pixels, ground_rgb: NDArray[np.float64]) -> tuple[Mask, NDArray[np.float64]] | None:

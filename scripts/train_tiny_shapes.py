@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import numpy as np
@@ -41,6 +42,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 BETAS = {
@@ -52,7 +54,7 @@ BETAS = {
 TOKENS = 77
 VAE_BATCH = 16
 BATCH = 32
-LAYOUT_PART = 0.4
+LAYOUT_PART = 0.2
 """Share of the denoiser's training that is about the layout alone."""
 LAYOUT_FROM_T = 900
 LAYOUT_PX = 4
@@ -210,7 +212,14 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 class Float32Attention:
     """Attention in float32 under bfloat16 autocast: torch's bfloat16 backward is five times as slow on a CPU."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             projected.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -227,7 +236,7 @@ def is_fine(name: str) -> bool:
     return name.startswith(outer) and ".attn2.to_k" not in name and ".attn2.to_v" not in name
 
 
-def group_weights(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, fine_lr: float) -> list[dict]:
+def group_weights(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, fine_lr: float) -> list[dict[str, Any]]:
     """Split the weights by scale of learning rate.
 
     The fine weights of a trained UNet already pass the noise through; shaken at the full rate they would blur
@@ -247,7 +256,7 @@ def sample_noising(latents: torch.Tensor, layout_only: bool) -> tuple[torch.Tens
     Returns `t`, int64 [n], and `kept`, float32 [n, 1, 1, 1]: 1 where the latent shows, 0 for pure noise.
     """
     n = len(latents)
-    share, start, hidden = (0.7, LAYOUT_FROM_T, 1.0) if layout_only else (0.5, 600, 0.5)
+    share, start, hidden = (0.7, LAYOUT_FROM_T, 1.0) if layout_only else (0.5, 700, 0.6)
     noisy = torch.rand(n) < share
     t = torch.where(noisy, torch.randint(start, 1000, (n,)), torch.randint(0, 1000, (n,)))
     kept = ~((t >= LAYOUT_FROM_T) & (torch.rand(n) < hidden))

@@ -28,6 +28,8 @@ from sdopt.errors import MissingHardware, SdoptError
 
 _PR_SET_PDEATHSIG = 1
 _STDERR_SHOWN_CHARS = 4000
+# How the allocators of torch, ONNX Runtime, OpenVINO and the dynamic linker say it, in exceptions of their own.
+_OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "failed to map segment")
 
 JsonTable = dict[str, Any]
 
@@ -91,9 +93,6 @@ def _converse(
 
     assert child.stdin is not None
     assert child.stdout is not None
-    with contextlib.suppress(BrokenPipeError):
-        json.dump(arguments, child.stdin)
-        child.stdin.close()
     timed_out = threading.Event()
     timer = None
     if deadline is not None:
@@ -106,7 +105,12 @@ def _converse(
         timer.daemon = True
         timer.start()
     try:
+        with contextlib.suppress(BrokenPipeError):
+            json.dump(arguments, child.stdin)
+            child.stdin.close()
         for line in child.stdout:
+            if not line.endswith("\n"):
+                break  # it died in the middle of a message
             message = json.loads(line)
             if "progress" in message:
                 progress.update(*message["progress"])
@@ -173,13 +177,13 @@ def _call(target: str, arguments: JsonTable, channel: IO[str]) -> JsonTable:
             value = getattr(importlib.import_module(module), name)(arguments)
     except SdoptError as error:
         return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    except MemoryError:
-        return {
-            "error": "MissingHardware",
-            "message": f"{target} ran out of memory",
-            "hint": "close other programs, or choose a smaller --size or --batch",
-        }
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            return {
+                "error": "MissingHardware",
+                "message": f"{target} ran out of memory",
+                "hint": "close other programs, or choose a smaller --size or --batch",
+            }
         return {"error": "", "message": traceback.format_exc(), "hint": ""}
     return {"value": value, "peak_rss_bytes": peak_rss_bytes()}
 

@@ -59,6 +59,9 @@ def fsync_folder(folder: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+    if not path.parent.is_dir() or path.is_dir():
+        where = f"{path} is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        raise ArtifactError(f"cannot write {path}: {where}")
     with disk_errors(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         temporary = Path(name)
@@ -81,9 +84,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MissingHardware(
-                f"the disk is full while writing {path}",
+                f"the disk is full, or a limit on the size of files is reached, while writing {path}",
                 hint="free some space, then run the same command again: what is done is kept",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

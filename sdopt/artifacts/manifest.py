@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdopt.artifacts.files import resolve_inside, write_file
-from sdopt.errors import ArtifactError
+from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
@@ -174,6 +174,8 @@ def read_manifest(folder: Path) -> BundleManifest:
         raise ArtifactError(
             f"{path}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}", hint="build the bundle again"
         ) from error
+    except ShapeError as error:
+        raise ArtifactError(f"{path}: profile: {error.message}", hint="build the bundle again") from error
     for relative in manifest.files:
         resolve_inside(folder, relative)
     return manifest

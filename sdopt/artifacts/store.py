@@ -7,6 +7,7 @@ second finds the first's.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,18 +39,13 @@ class Store:
     def find(self, stage: str, key: str) -> Path | None:
         """The folder of an entry whose every file matches its digest, or None."""
         folder = self._place(stage, key)
-        try:
-            digests = json.loads((folder / _ENTRY_NAME).read_bytes())
-            intact = all(hash_file(folder / name) == digest for name, digest in digests.items())
-        except (FileNotFoundError, ValueError, AttributeError):
-            intact = False
-        if intact:
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+        return folder if _is_intact(folder) else None
 
     def put(self, stage: str, key: str, files: Mapping[str, bytes]) -> Path:
-        """Add an entry and return its folder. Raises `MissingHardware` on a full disk; nothing half-made is seen."""
+        """Add an entry and return its folder; a damaged one in its place is thrown away.
+
+        Raises `MissingHardware` on a full disk; nothing half-made is seen.
+        """
         folder = self._place(stage, key)
         with disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,22 +56,45 @@ class Store:
                 digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
                 _write_synced(temporary / _ENTRY_NAME, json.dumps(digests).encode())
                 fsync_folder(temporary)
-                self._rename(temporary, folder)
+                _publish(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             fsync_folder(folder.parent)
         return folder
 
-    def _rename(self, temporary: Path, folder: Path) -> None:
+    def _place(self, stage: str, key: str) -> Path:
+        return self._root / stage / key[:2] / key
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        digests = json.loads((folder / _ENTRY_NAME).read_bytes())
+        return bool(digests) and all(hash_file(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`, unless another process was faster: same key, same content."""
+    while True:
         try:
             temporary.rename(folder)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            # Another process was faster: same key, same content.
+            if _is_intact(folder):
+                return
+            _discard(folder)
+        else:
+            return
 
-    def _place(self, stage: str, key: str) -> Path:
-        return self._root / stage / key[:2] / key
+
+def _discard(folder: Path) -> None:
+    """Move a damaged entry aside in one step before it is removed: nobody sees it half gone."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside / "entry")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from sdopt.bench.candidates import ENGINES
 from sdopt.bench.report import CandidateRecord, Stage
 from sdopt.bench.summary import CandidateSummary
 from sdopt.errors import MissingDependency
@@ -89,7 +90,7 @@ def _stage_seconds(record: CandidateRecord, stage: Stage) -> float:
 
 
 def _colour(record: CandidateRecord) -> str:
-    return _ENGINES if record.name == "engines" else _OTHERS
+    return _ENGINES if record.name == ENGINES else _OTHERS
 
 
 def _make_axes(labels: Sequence[str], title: str) -> tuple[Any, Any]:

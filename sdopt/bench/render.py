@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,12 +12,11 @@ import numpy as np
 from PIL import Image
 
 from sdopt.artifacts.manifest import ImageFidelity
-from sdopt.bench.candidates import ENGINES
+from sdopt.bench.candidates import ENGINES, Baseline
 from sdopt.bench.plots import STAGE_LABELS, plot_latency, plot_memory, plot_stages
 from sdopt.bench.report import CandidateRecord, Stage, Status
 from sdopt.bench.run import BenchResult
 from sdopt.bench.summary import (
-    CandidateSummary,
     agrees,
     describe_result,
     format_bytes,
@@ -125,7 +123,7 @@ def _lay_out_grid(result: BenchResult) -> list[Row]:
 def _make_tiles(result: BenchResult, index: int) -> Sequence[Tile]:
     tiles = []
     drawn = [c for c in result.report.candidates if c.name in result.drawings]
-    if result.reference is not None and all(c.name != "eager-fp32" for c in drawn):
+    if result.reference is not None and all(c.name != Baseline.EAGER_FP32 for c in drawn):
         tiles.append(_make_tile(None, result.reference, None, index))
     return [*tiles, *(_make_tile(c, result.drawings[c.name], result.reference, index) for c in drawn)]
 

@@ -16,6 +16,8 @@ from sdopt.model.precision import Precision
 # Smaller differences are called none: another layout of the same code in memory makes as much.
 _LEAST_EFFECT = 0.02
 
+NOT_MEASURED = "-"
+
 
 @dataclass(frozen=True)
 class CandidateSummary:
@@ -107,7 +109,7 @@ def agrees(fidelity: Sequence[ImageFidelity], precision: Precision) -> bool:
 def format_ns(value_ns: float | None) -> str:
     """Three digits and a unit; a dash for what was not measured."""
     if value_ns is None:
-        return "–"
+        return NOT_MEASURED
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
         if value_ns >= size:
             value = value_ns / size
@@ -118,7 +120,7 @@ def format_ns(value_ns: float | None) -> str:
 def format_bytes(value_bytes: float | None) -> str:
     """Decimal units, as disks are sold."""
     if value_bytes is None:
-        return "–"
+        return NOT_MEASURED
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value_bytes >= size:
             return f"{value_bytes / size:.{2 if value_bytes < 10 * size else 0}f} {unit}"
@@ -126,7 +128,7 @@ def format_bytes(value_bytes: float | None) -> str:
 
 
 def format_speed(ratio: Ratio | None) -> str:
-    return "–" if ratio is None else f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return NOT_MEASURED if ratio is None else f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ import rich_click as click
 
 from sdopt import progress
 from sdopt.artifacts.files import write_file
+from sdopt.cli.text import neutralise
 from sdopt.errors import RecipeError
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 
@@ -58,7 +60,7 @@ def convert(
     if manifest is None:
         _show_steps(steps, as_json)
     elif as_json:
-        print(json.dumps({"folder": str(output), "manifest": manifest.model_dump(mode="json")}, ensure_ascii=False))
+        print(json.dumps({"folder": str(output), "manifest": manifest.model_dump(mode="json")}))
     else:
         _show_bundle(output, manifest)
 
@@ -118,5 +120,7 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
             f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
         )
         print(f"{name}: {record.precision} on {record.backend.kind}, {parity}", file=sys.stderr)
-    print(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}", file=sys.stderr)
-    print(f'\n{output} is ready. Next:\n  sdopt generate {output} "a prompt"\n  sdopt bench {output}', file=sys.stderr)
+    print(neutralise(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}"), file=sys.stderr)
+    folder = shlex.quote(str(output))
+    lines = (f"\n{output} is ready. Next:", f'  sdopt generate {folder} "a prompt"', f"  sdopt bench {folder}")
+    print(neutralise("\n".join(lines)), file=sys.stderr)

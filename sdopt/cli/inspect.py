@@ -7,6 +7,8 @@ from typing import Any
 
 import rich_click as click
 
+from sdopt.cli.text import neutralise
+
 
 @click.command()
 @click.argument("source")
@@ -17,15 +19,16 @@ def inspect(source: str, as_json: bool) -> None:
 
     table = inspect_source(source)
     if as_json:
-        print(json.dumps(table, ensure_ascii=False))
+        print(json.dumps(table))
         return
     from rich.console import Console
 
     console = Console(stderr=True)
-    console.print(f"[bold]{source}[/bold] is a {table['kind']}", highlight=False)
+    console.print(f"{neutralise(source)} is a {table['kind']}", style="bold", highlight=False, markup=False)
     for key, value in (_summarise_bundle(table) if table["kind"] == "bundle" else table).items():
         console.print(f"  {key}: ", end="", style="cyan", markup=False)
-        console.print(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), markup=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        console.print(neutralise(text), markup=False)
 
 
 def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:

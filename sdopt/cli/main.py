@@ -11,6 +11,7 @@ from typing import Any
 import rich_click as click
 
 from sdopt._version import __version__
+from sdopt.cli.text import neutralise
 from sdopt.errors import SdoptError
 from sdopt.isolation import kill_children
 
@@ -60,6 +61,8 @@ def main() -> None:
         _report(type(error).__name__, error.message, error.hint)
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        if "--json" in sys.argv:
+            _print_error("UsageError", error.format_message(), "")
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
@@ -71,8 +74,10 @@ def main() -> None:
 
 def _report(kind: str, message: str, hint: str) -> None:
     if "--json" in sys.argv:
-        print(json.dumps({"error": {"kind": kind, "message": message, "hint": hint}}, ensure_ascii=False))
-    # A message may name a file whose name holds escape sequences.
-    lines = [f"error: {message}", *([hint] if hint else [])]
-    for line in lines:
-        print("".join(char if char.isprintable() or char == "\n" else "�" for char in line), file=sys.stderr)
+        _print_error(kind, message, hint)
+    for line in [f"error: {message}", *([hint] if hint else [])]:
+        print(neutralise(line), file=sys.stderr)
+
+
+def _print_error(kind: str, message: str, hint: str) -> None:
+    print(json.dumps({"error": {"kind": kind, "message": message, "hint": hint}}))

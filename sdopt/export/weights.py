@@ -101,13 +101,14 @@ def _stream(tensors: Mapping[str, TensorRef], kept: Mapping[str, DType]) -> Iter
 
 def _find_runs(tensors: Mapping[str, TensorRef], kept: Mapping[str, DType]) -> Iterator[tuple[int, str]]:
     """Number the tensors so that neighbours which lie side by side in one source file share a number."""
-    run, file, end = 0, Path(), -1
+    run, file, end, before = 0, Path(), -1, None
     for name, dtype in kept.items():
         ref = tensors[name]
         plain = not ref.transposed and ref.dtype is dtype
-        if not (plain and ref.file == file and ref.offset_bytes == end):
+        # A run has one type: its bytes are searched for NaN as that type.
+        if not (plain and ref.file == file and ref.offset_bytes == end and dtype is before):
             run += 1
-        file, end = ref.file, ref.offset_bytes + ref.nbytes if plain else -1
+        file, end, before = ref.file, ref.offset_bytes + ref.nbytes if plain else -1, dtype
         yield run, name
 
 
@@ -171,7 +172,8 @@ def _convert(name: str, ref: TensorRef, dtype: DType) -> Bytes:
         raw = np.ascontiguousarray(stored.transpose(1, 0, 2)).reshape(-1)
     if ref.dtype is dtype:
         return raw
-    converted = _as_float(raw, ref.dtype, name).astype(_NUMPY[dtype])
+    with np.errstate(over="ignore"):  # an overflow is named below
+        converted = _as_float(raw, ref.dtype, name).astype(_NUMPY[dtype])
     result = converted.view(np.uint8).reshape(-1)
     if not _is_finite(result, dtype):
         raise CheckpointError(

@@ -71,12 +71,8 @@ def draw(arguments: JsonTable) -> JsonTable:
     scene = Scene.model_validate(arguments["scene"])
     label = str(arguments["label"])
     progress.update(f"opening {label}", 0.0)
-    with open_candidate(
-        Path(arguments["folder"]), manifest, parse_settings(arguments["settings"])
-    ) as pipeline:
-        drawing = draw_scene(
-            pipeline, manifest, scene, lambda share: progress.update(f"drawing with {label}", share)
-        )
+    with open_candidate(Path(arguments["folder"]), manifest, parse_settings(arguments["settings"])) as pipeline:
+        drawing = draw_scene(pipeline, manifest, scene, lambda share: progress.update(f"drawing with {label}", share))
     write_drawing(drawing, Path(arguments["output"]))
     return {}
 
@@ -112,15 +108,11 @@ def draw_batch(
     steps: list[NDArray[np.float32]] = []
     keep = _keep_latents(steps, tell, start / count, len(indices) / scene.steps / count)
     images = pipeline(**build_call(pipeline, manifest, scene, indices), callback_on_step_end=keep).images
-    return Drawing(
-        np.asarray(images, dtype=np.float32), np.stack(steps, axis=1), label_of(pipeline.scheduler)
-    )
+    return Drawing(np.asarray(images, dtype=np.float32), np.stack(steps, axis=1), label_of(pipeline.scheduler))
 
 
 def join_drawings(parts: Sequence[Drawing]) -> Drawing:
-    images, latents = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "latents")
-    )
+    images, latents = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "latents"))
     return Drawing(images, latents, parts[0].scheduler)
 
 

@@ -55,8 +55,7 @@ def write_scene(folder: Path, manifest: BundleManifest, scene: Scene) -> None:
     factor = vae_factor(config)
     shape = (1, int(config["latent_channels"]), height_px // factor, width_px // factor)
     noise = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(scene.seed_of(i)))
-        for i in range(len(scene.prompts))
+        torch.randn(shape, generator=torch.Generator().manual_seed(scene.seed_of(i))) for i in range(len(scene.prompts))
     ]
     tensors = {"latents": torch.cat(noise)}
     if starts_from_image(manifest):

@@ -7,14 +7,14 @@ alone does to the pictures.
 **Limits.** Each picture has to reach a PSNR and an SSIM. They depend on the least precise engine, and on the
 checkpoint:
 
-* `LIMITS` holds one pair for each precision. fp32 against fp32 differs by the order of sums only. fp16 rounds
-  2^13 and bf16 2^16 times as coarsely, in every layer of every step, and both change details of a picture
-  before they change what is in it.
-* Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to
-  itself: the limit is never above the noise floor with twice its root-mean-square error (6 dB).
-* bf16 that misses its limit gets a second hearing: torch draws the scene in bf16, too, and the engines pass
-  where their error is at most 1.4 times torch's own (3 dB), unless the pictures have nothing in common
-  (`_FLOOR_OF_BF16`).
+* `LIMITS` holds one pair for each precision. On tiny-shapes (10 steps of DDIM, four prompts) fp32 in OpenVINO and ONNX
+  Runtime reaches 89 dB or better, as does torch with another kernel; bf16 reaches 50.6 dB in torch and 53.2 dB in
+  OpenVINO. Planted faults: all UNet weights 5 % too large 26.6 dB, 1 % too large 41.4 dB; attention scale 41 % too large
+  36.5 dB, 5 % too large 54.3 dB. So a fault as small as bf16's own rounding is for the parity of components to find.
+* Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to itself: the
+  limit is never above the noise floor with twice its root-mean-square error (6 dB).
+* bf16 and fp16 that miss their limit get a second hearing: torch draws the scene in bf16, too, and the engines pass
+  where their error is at most 1.4 times torch's (3 dB), unless the pictures have little in common (`_LEAST_LIKENESS`).
 
 A NaN, black or flat picture fails, unless torch draws it black or flat as well: then it is the checkpoint or
 the prompt, not the engines, and the reason says so.
@@ -51,7 +51,7 @@ NOISE_FLOOR = TorchSettings(attention="math")
 _TORCH_BF16 = TorchSettings(precision=Precision.BF16)
 
 _FLOOR_MARGIN_DB = 6.0
-_BF16_MARGIN_DB = 3.0
+_PEER_MARGIN_DB = 3.0
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,15 @@ class Limit:
         return Limit(min(self.psnr_db, psnr_db - margin_db), max(0.0, min(self.ssim, widened)))
 
     def holds_for(self, image: ImageFidelity) -> bool:
-        return (
-            math.inf if image.psnr_db is None else image.psnr_db
-        ) >= self.psnr_db and image.ssim >= self.ssim
+        return (math.inf if image.psnr_db is None else image.psnr_db) >= self.psnr_db and image.ssim >= self.ssim
 
 
 LIMITS = {
-    Precision.FP32: Limit(45.0, 0.99),
-    Precision.FP16: Limit(30.0, 0.93),
-    Precision.BF16: Limit(25.0, 0.85),
+    Precision.FP32: Limit(50.0, 0.995),
+    Precision.FP16: Limit(40.0, 0.98),
+    Precision.BF16: Limit(40.0, 0.98),
 }
-_FLOOR_OF_BF16 = Limit(15.0, 0.5)
+_LEAST_LIKENESS = Limit(15.0, 0.5)
 
 
 def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
@@ -99,9 +97,7 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
         guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
     )  # fmt: skip
     write_scene(folder, manifest, scene)
-    reference = draw_isolated(
-        folder, manifest, REFERENCE, scene, work / "torch.safetensors", label="torch fp32"
-    )
+    reference = draw_isolated(folder, manifest, REFERENCE, scene, work / "torch.safetensors", label="torch fp32")
     engines = draw_isolated(folder, manifest, None, scene, work / "engines.safetensors", label="the engines")
     floor = draw_isolated(
         folder,
@@ -113,7 +109,7 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
     )
     progress.update("comparing the pictures", 0.0)
     record = judge_drawings(manifest, scene, reference, engines, floor)
-    if record.verdict is Verdict.FAIL and least_precision(manifest) is Precision.BF16:
+    if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
         path = work / "torch-bf16.safetensors"
         peer = draw_isolated(folder, manifest, _TORCH_BF16, scene, path, label="torch bf16 (second hearing)")
         record = judge_drawings(manifest, scene, reference, engines, floor, peer)
@@ -128,12 +124,10 @@ def judge_drawings(
     floor: Drawing,
     peer: Drawing | None = None,
 ) -> FidelityRecord:
-    """Compare drawings of one scene and judge them. `peer` is torch in the engines' own precision."""
+    """Compare drawings of one scene and judge them. `peer` is what torch draws in bf16."""
     images = compare_drawings(scene, reference, engines, floor)
-    precision = least_precision(manifest)
-    limits = [limit_for(image, precision) for image in images]
-    if peer is not None:
-        limits = _hear_peer(limits, compare_drawings(scene, reference, peer, floor))
+    heard = () if peer is None else compare_drawings(scene, reference, peer, floor)
+    limits = find_limits(images, least_precision(manifest), heard)
     problems = [
         text
         for index, image in enumerate(images)
@@ -141,9 +135,7 @@ def judge_drawings(
     ]
     return FidelityRecord(
         verdict=Verdict.FAIL if problems else Verdict.PASS,
-        reason="; ".join(problems)
-        if problems
-        else _explain_pass(images, limits, reference, peer is not None),
+        reason="; ".join(problems) if problems else _explain_pass(images, limits, reference, peer is not None),
         scheduler=reference.scheduler,
         steps=scene.steps,
         guidance_scale=scene.guidance_scale,
@@ -151,9 +143,17 @@ def judge_drawings(
     )
 
 
-def limit_for(image: ImageFidelity, precision: Precision) -> Limit:
-    """What a picture drawn in `precision` has to reach, given its noise floor."""
-    return LIMITS[precision].below(image.noise_floor_psnr_db, image.noise_floor_ssim, _FLOOR_MARGIN_DB)
+def find_limits(
+    images: Sequence[ImageFidelity], precision: Precision, peer: Sequence[ImageFidelity] = ()
+) -> list[Limit]:
+    """What each picture drawn in `precision` has to reach. `peer` are those of torch in bf16, where it was heard."""
+    limits = [LIMITS[precision].below(i.noise_floor_psnr_db, i.noise_floor_ssim, _FLOOR_MARGIN_DB) for i in images]
+    if not peer or precision is Precision.FP32:
+        return limits
+    return [
+        limit.below(max(p.psnr_db or math.inf, _LEAST_LIKENESS.psnr_db + _PEER_MARGIN_DB), p.ssim, _PEER_MARGIN_DB)
+        for limit, p in zip(limits, peer, strict=True)
+    ]
 
 
 def least_precision(manifest: BundleManifest) -> Precision:
@@ -199,17 +199,6 @@ def _score(reference: Drawing, other: Drawing, index: int) -> tuple[float | None
     return (None if math.isinf(psnr_db) else psnr_db), compute_ssim(a, b)
 
 
-def _hear_peer(limits: Sequence[Limit], peer: Sequence[ImageFidelity]) -> list[Limit]:
-    heard = [limit.below(p.psnr_db, p.ssim, _BF16_MARGIN_DB) for limit, p in zip(limits, peer, strict=True)]
-    return [
-        Limit(
-            max(h.psnr_db, min(limit.psnr_db, _FLOOR_OF_BF16.psnr_db)),
-            max(h.ssim, min(limit.ssim, _FLOOR_OF_BF16.ssim)),
-        )
-        for h, limit in zip(heard, limits, strict=True)
-    ]
-
-
 def _find_problem(image: ImageFidelity, limit: Limit, by_torch: FloatArray, by_engines: FloatArray) -> str:
     """What is wrong with a picture, as a sentence without its full stop; empty where nothing is."""
     name = f"the picture of {_shorten(image.prompt)!r} (seed {image.seed})"
@@ -227,9 +216,7 @@ def _find_problem(image: ImageFidelity, limit: Limit, by_torch: FloatArray, by_e
     )
 
 
-def _explain_pass(
-    images: Sequence[ImageFidelity], limits: Sequence[Limit], reference: Drawing, heard: bool
-) -> str:
+def _explain_pass(images: Sequence[ImageFidelity], limits: Sequence[Limit], reference: Drawing, heard: bool) -> str:
     psnr_db = min(math.inf if i.psnr_db is None else i.psnr_db for i in images)
     floor_db = min(math.inf if i.noise_floor_psnr_db is None else i.noise_floor_psnr_db for i in images)
     least = Limit(min(limit.psnr_db for limit in limits), min(limit.ssim for limit in limits))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -17,6 +19,10 @@ _ITEMSIZE_BITS = {
     onnx.TensorProto.INT32: 32, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.BOOL: 8,
     onnx.TensorProto.DOUBLE: 64,
 }  # fmt: skip
+
+_EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
+# int() also takes underscores, spaces and other scripts' digits, which other readers do not.
+_NUMBER = re.compile(r"[0-9]{1,18}\Z")
 
 
 def audit_graph(model: ir.Model, attention_layers: int) -> GraphAudit:
@@ -54,24 +60,50 @@ def check_graph_file(path: Path) -> onnx.ModelProto:
         raise
     except Exception as error:  # protobuf's DecodeError has no public home that is the same in every version
         raise ArtifactError(f"{path} is no ONNX graph, or it is damaged: {error}") from error
-    for tensor in _tensors(model.graph):
+    for tensor in _model_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(path, tensor)
     return model
 
 
-def _tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    found = list(graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            found.extend([attribute.t, *attribute.tensors])
-            for inner in [attribute.g, *attribute.graphs]:
-                found.extend(_tensors(inner))
-    return found
+def _model_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, wherever the format lets one be."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+        yield from _attribute_tensors(function.attribute_proto)
+    for training in model.training_info:
+        yield from _graph_tensors(training.initialization)
+        yield from _graph_tensors(training.algorithm)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        yield from _attribute_tensors(node.attribute)
+
+
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        # Most attributes hold no graph; to look into the empty one that protobuf gives would be slow.
+        for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+            yield from _graph_tensors(inner)
 
 
 def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) != len(tensor.external_data) or entries.keys() - _EXTERNAL_KEYS:
+        # Readers differ in which of two they take.
+        raise UnsafeInputError(f"{path}: {tensor.name!r} names its data's place twice, or in an unknown way")
     location = entries.get("location", "")
     if (
         not location
@@ -90,14 +122,14 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
         )
     if not file.exists():
         raise ArtifactError(f"{path} needs {file}, which is missing")
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
-    except ValueError as error:
-        raise UnsafeInputError(f"{path}: the place of {tensor.name!r} is no number") from error
+    numbers = entries.get("offset", "0"), entries.get("length", "")
+    if not all(_NUMBER.match(text) for text in numbers) or any(side < 0 for side in tensor.dims):
+        raise UnsafeInputError(f"{path}: the place or shape of {tensor.name!r} is no plain number: {numbers}")
+    offset, length = map(int, numbers)
     expected = _ITEMSIZE_BITS.get(tensor.data_type, 0) // 8
     for side in tensor.dims:
         expected *= side
-    if offset < 0 or length != expected:
+    if length != expected:
         raise UnsafeInputError(
             f"{path}: the data of {tensor.name!r} should have {expected} bytes, not {length} at {offset}"
         )

@@ -1,0 +1,1 @@
+"""Recipe -> plan -> bundle: the only package that knows every stage."""

@@ -1,0 +1,220 @@
+"""`sdopt convert` as a function: checkpoint -> plan -> weights and graphs -> parity -> fidelity -> published bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sdopt import progress
+from sdopt.artifacts.bundle import find_damage, record_file
+from sdopt.artifacts.files import require_free_disk, write_file
+from sdopt.artifacts.fingerprint import digest_of
+from sdopt.artifacts.machine import describe_machine
+from sdopt.artifacts.manifest import (
+    MANIFEST_NAME,
+    BundleManifest,
+    ComponentRecord,
+    FidelityRecord,
+    FileRecord,
+    GraphAudit,
+    ParityRecord,
+    Verdict,
+    read_manifest,
+    write_manifest,
+)
+from sdopt.artifacts.store import Store, cache_root
+from sdopt.build.files import make_card, write_small_files
+from sdopt.build.graphs import find_graph, trace_missing
+from sdopt.build.parity import prove_parity
+from sdopt.build.resolve import BuildPlan, require_backends
+from sdopt.build.staging import Staging, drop_unknown, locked, require_ours
+from sdopt.errors import ArtifactError, ExportError, FidelityError
+from sdopt.export.bind import WEIGHTS_NAME
+from sdopt.export.weights import write_weights
+from sdopt.isolation import kill_children
+from sdopt.model.component import ComponentName
+
+FIDELITY_STAGE = "fidelity"
+_FIDELITY_NAME = "fidelity.json"
+# Graphs, tokenizers, the latents and pictures of the verdict.
+_SMALL_FILES_BYTES = 200_000_000
+
+
+def convert(plan: BuildPlan, output: Path) -> BundleManifest:
+    """Build the bundle that `plan` describes at `output`, and return its manifest.
+
+    What an earlier run made is used again; a run that is killed leaves nothing at `output` and is gone on with by the
+    next. Raises `ParityError` and `FidelityError` where the engines are not the model: then nothing is published.
+    """
+    cache = cache_root()
+    output = Path(os.path.abspath(output))  # `-o .` has no name, and a link in the way is no reason to follow it
+    require_ours(output)
+    require_backends(plan)
+    with locked(output, cache):
+        if (finished := find_finished(plan, output)) is not None:
+            return finished
+        weights_bytes = sum(part.weights_bytes for part in plan.components.values())
+        require_free_disk(output.parent, weights_bytes + _SMALL_FILES_BYTES)
+        staging = Staging(output)
+        manifest = _build(plan, Store(cache), staging, cache)
+        staging.publish()
+    return manifest
+
+
+def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> BundleManifest:
+    weights = _make_weights_and_graphs(plan, store, staging, cache)
+    found = {name: _require_graph(store, plan, name) for name in plan.components}
+    write_small_files(plan, {name: graph for name, (graph, _) in found.items()}, staging.folder)
+    parity: Mapping[ComponentName, ParityRecord] = {}
+    if plan.recipe.verify.enabled:
+        digests = {name: record.sha256 for name, record in weights.items()}
+        parity = prove_parity(plan, store, staging.folder, staging.work, digests)
+    components = {
+        name: ComponentRecord(
+            spec=part.spec, precision=part.precision, backend=part.backend, architecture=part.architecture,
+            weights_key=part.weights_key, audit=found[name][1], parity=parity.get(name),
+        )
+        for name, part in plan.components.items()
+    }  # fmt: skip
+    draft = _draft_manifest(plan, staging.output.name, components, weights)
+    fidelity = _judge(draft, store, staging)
+    manifest = draft.model_copy(update={"fidelity": fidelity})
+    write_file(staging.folder / "README.md", make_card(manifest).encode())
+    manifest = manifest.model_copy(update={"files": _record_files(staging.folder, plan, weights)})
+    write_manifest(staging.folder, manifest)
+    return manifest
+
+
+def _make_weights_and_graphs(
+    plan: BuildPlan, store: Store, staging: Staging, cache: Path
+) -> dict[ComponentName, FileRecord]:
+    """Trace in a child while this process copies the weights: one is bound by the processor, the other by the disk."""
+    with _children_ended_on_error(), ThreadPoolExecutor(1) as background:
+        tracing = background.submit(trace_missing, plan, store, cache)
+        with _children_ended_on_error():
+            weights = {name: _make_weights(plan, name, staging) for name in plan.components}
+            tracing.result()
+    return weights
+
+
+@contextmanager
+def _children_ended_on_error() -> Iterator[None]:
+    """Ctrl-C or a failure here must not wait for a child that traces on for a minute."""
+    try:
+        yield
+    except BaseException:
+        kill_children()
+        raise
+
+
+def _make_weights(plan: BuildPlan, name: ComponentName, staging: Staging) -> FileRecord:
+    part = plan.components[name]
+    if (record := staging.find_weights(name, part.weights_key)) is not None:
+        return record
+    (staging.folder / name).mkdir(exist_ok=True)
+    path = staging.folder / name / WEIGHTS_NAME
+    written = write_weights(path, part.tensors, part.graph_dtype, label=f"copying the weights of {name}")
+    record = FileRecord(sha256=written.sha256, size_bytes=written.size_bytes)
+    staging.note_weights(name, part.weights_key, record)
+    return record
+
+
+def _require_graph(store: Store, plan: BuildPlan, name: ComponentName) -> tuple[Path, GraphAudit]:
+    found = find_graph(store, plan.components[name].architecture)
+    if found is None:
+        raise ExportError(f"the graph of {name} vanished from the store while it was used")
+    return found
+
+
+def _draft_manifest(
+    plan: BuildPlan, name: str, components: dict[ComponentName, ComponentRecord],
+    weights: Mapping[ComponentName, FileRecord],
+) -> BundleManifest:  # fmt: skip
+    checkpoint = plan.checkpoint
+    assert checkpoint.prediction is not None
+    digest = digest_of({component: record.sha256 for component, record in weights.items()})
+    return BundleManifest(
+        name=name,
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        family=checkpoint.family,
+        prediction=checkpoint.prediction,
+        inpainting=checkpoint.inpainting,
+        source=checkpoint.source.model_copy(update={"digest": digest}),
+        recipe=plan.recipe,
+        profile=plan.profile,
+        dialect=plan.recipe.dialect,
+        components=components,
+        files={},
+        fidelity=FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off by --no-verify or the recipe"),
+        environment=describe_machine(),
+    )
+
+
+def _judge(draft: BundleManifest, store: Store, staging: Staging) -> FidelityRecord:
+    """The verdict, from the store or by drawing. Raises `FidelityError` where it is no pass."""
+    if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
+        return draft.fidelity
+    key = _fidelity_key(draft)
+    folder = store.find(FIDELITY_STAGE, key)
+    if folder is None:
+        from sdopt.fidelity.verdict import judge_fidelity
+
+        record = judge_fidelity(staging.folder, draft, staging.work)
+        store.put(FIDELITY_STAGE, key, {_FIDELITY_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+    else:
+        record = FidelityRecord.model_validate_json((folder / _FIDELITY_NAME).read_bytes())
+    if record.verdict is Verdict.FAIL:
+        raise FidelityError(
+            f"the engines do not draw what torch draws: {record.reason}",
+            hint="try --precision fp32; --no-verify publishes the bundle without a verdict",
+        )
+    return record
+
+
+def _fidelity_key(draft: BundleManifest) -> str:
+    dump = draft.model_dump(mode="json")
+    parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}
+    environment = dump["environment"]
+    return digest_of(
+        [parts, dump["source"]["digest"], dump["recipe"]["verify"], dump["prediction"], environment["libraries"],
+         environment["processor"], environment["cpu_features"]]
+    )  # fmt: skip
+
+
+def _record_files(folder: Path, plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) -> dict[str, FileRecord]:
+    known = {f"{name}/{WEIGHTS_NAME}": record for name, record in weights.items()}
+    keep = {f"{name}/{file}" for name in plan.components for file in (WEIGHTS_NAME, "model.onnx", "config.json")}
+    keep |= {"model_index.json", "README.md", "scheduler/scheduler_config.json"}
+    for kind in plan.checkpoint.tokenizers:
+        keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}
+    drop_unknown(folder, keep)
+    return {relative: known.get(relative) or record_file(folder / relative) for relative in sorted(keep)}
+
+
+def find_finished(plan: BuildPlan, output: Path) -> BundleManifest | None:
+    """The bundle at `output`, where it is exactly what would be built and no small file of it is damaged."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    try:
+        manifest = read_manifest(output)
+    except ArtifactError:
+        return None
+    same = (
+        manifest.recipe == plan.recipe
+        and manifest.name == output.name
+        and manifest.components.keys() == plan.components.keys()
+        and all(
+            (record.architecture, record.weights_key, record.backend)
+            == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
+            for name, record in manifest.components.items()
+        )
+    )
+    if not same:
+        return None
+    progress.update("checking the bundle that is there", 0.0)
+    return None if find_damage(output, manifest.files) else manifest

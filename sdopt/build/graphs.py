@@ -1,0 +1,98 @@
+"""The graph stage: trace what the store does not have, in one child process for all components."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sdopt import progress
+from sdopt.artifacts.manifest import GraphAudit
+from sdopt.artifacts.store import Store
+from sdopt.build.resolve import BuildPlan
+from sdopt.export.weights import storage_layout
+from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.component import ComponentName, ComponentSpec
+from sdopt.model.precision import DType
+from sdopt.model.recipe import Dialect
+from sdopt.model.shape import Extent
+
+STAGE = "graph"
+GRAPH_NAME = "model.onnx"
+_AUDIT_NAME = "audit.json"
+
+
+@dataclass(frozen=True)
+class TraceJob:
+    """What the child needs to trace one component, as it crosses to it in JSON."""
+
+    key: str
+    spec: ComponentSpec
+    config: dict[str, Any]
+    extents: dict[str, Extent]
+    layout: dict[str, tuple[DType, tuple[int, ...]]]
+    graph_dtype: DType
+    dialect: Dialect
+    dynamic: bool
+
+
+_JOBS = TypeAdapter(list[TraceJob])
+
+
+def find_graph(store: Store, key: str) -> tuple[Path, GraphAudit] | None:
+    """The graph file and its audit, where the store has them."""
+    folder = store.find(STAGE, key)
+    if folder is None:
+        return None
+    return folder / GRAPH_NAME, GraphAudit.model_validate_json((folder / _AUDIT_NAME).read_bytes())
+
+
+def trace_missing(plan: BuildPlan, store: Store, cache: Path) -> int | None:
+    """Trace what the store has no graph of; return the child's peak memory in bytes, None where nothing was to do."""
+    missing = [name for name, part in plan.components.items() if find_graph(store, part.architecture) is None]
+    if not missing:
+        return None
+    jobs = [_describe_job(plan, name) for name in missing]
+    arguments = {"cache": str(cache), "jobs": _JOBS.dump_python(jobs, mode="json")}
+    return run_isolated("sdopt.build.graphs:trace_in_child", arguments).peak_rss_bytes
+
+
+def _describe_job(plan: BuildPlan, name: ComponentName) -> TraceJob:
+    part = plan.components[name]
+    layout = storage_layout(part.tensors, part.graph_dtype)
+    return TraceJob(
+        part.architecture, part.spec, dict(part.config), dict(plan.extents), layout, part.graph_dtype,
+        plan.recipe.dialect, plan.recipe.dynamic,
+    )  # fmt: skip
+
+
+def trace_in_child(arguments: JsonTable) -> JsonTable:
+    """Entry of the child process: trace, run the passes, bind the weights, put the graph into the store."""
+    jobs = _JOBS.validate_python(arguments["jobs"])
+    store = Store(Path(arguments["cache"]))
+    for done, job in enumerate(jobs):
+        progress.update(f"tracing {job.spec.name}", done / len(jobs))
+        graph, audit = _trace(job)
+        store.put(STAGE, job.key, {GRAPH_NAME: graph, _AUDIT_NAME: json.dumps(audit.model_dump(mode="json")).encode()})
+    return {}
+
+
+def _trace(job: TraceJob) -> tuple[bytes, GraphAudit]:
+    import onnx_ir as ir
+
+    from sdopt.export.bind import bind_weights
+    from sdopt.export.trace import trace_component
+    from sdopt.graph.audit import audit_graph, require_fused_attention
+    from sdopt.graph.passes import run_passes
+
+    traced = trace_component(
+        job.spec, job.config, job.extents, dtype=job.graph_dtype, dialect=job.dialect, dynamic=job.dynamic
+    )
+    run_passes(traced.model)
+    bind_weights(traced.model, job.layout, job.graph_dtype)
+    audit = audit_graph(traced.model, traced.attention_layers)
+    require_fused_attention(job.spec.name, audit)
+    return ir.to_proto(traced.model).SerializeToString(deterministic=True), audit

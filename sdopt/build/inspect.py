@@ -1,0 +1,64 @@
+"""`sdopt inspect`: what is this? A bundle, an ONNX graph or a checkpoint, as one JSON-able table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
+from sdopt.artifacts.safetensors_file import TensorRef
+from sdopt.checkpoint.source import open_checkpoint
+from sdopt.graph.audit import check_graph_file
+
+
+def inspect_source(source: str) -> dict[str, Any]:
+    """`kind` is bundle, onnx or checkpoint; the rest depends on it. Raises `CheckpointError` for anything else."""
+    path = Path(source).expanduser()
+    if (path / MANIFEST_NAME).is_file():
+        return {"kind": "bundle", **read_manifest(path).model_dump(mode="json")}
+    if path.suffix == ".onnx" and path.is_file():
+        return _inspect_graph(path)
+    return _inspect_checkpoint(source)
+
+
+def _inspect_graph(path: Path) -> dict[str, Any]:
+    model = check_graph_file(path)
+    graph = model.graph
+    files = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+
+    def shapes(values: Any) -> dict[str, list[int | str]]:
+        return {
+            value.name: [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+            for value in values
+        }
+
+    return {
+        "kind": "onnx",
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": shapes(graph.input),
+        "outputs": shapes(graph.output),
+        "nodes": dict(Counter(node.op_type for node in graph.node).most_common()),
+        "external_data": sorted(files),
+    }
+
+
+def _inspect_checkpoint(source: str) -> dict[str, Any]:
+    checkpoint = open_checkpoint(source)
+
+    def summary(tensors: dict[str, TensorRef]) -> dict[str, Any]:
+        return {
+            "tensors": len(tensors),
+            "parameters": sum(ref.nbytes // ref.dtype.itemsize_bytes for ref in tensors.values()),
+            "dtypes": sorted({str(ref.dtype) for ref in tensors.values()}),
+        }
+
+    return {
+        "kind": "checkpoint",
+        "family": checkpoint.family,
+        "prediction": checkpoint.prediction,
+        "inpainting": checkpoint.inpainting,
+        "source": checkpoint.source.model_dump(mode="json"),
+        "scheduler": checkpoint.scheduler.get("_class_name"),
+        "components": {name: summary(dict(part.tensors)) for name, part in checkpoint.components.items()},
+    }

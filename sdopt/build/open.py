@@ -1,0 +1,73 @@
+"""Recipe -> plan: open the checkpoint, and find out what no file says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from sdopt import progress
+from sdopt.artifacts.safetensors_file import TensorRef
+from sdopt.build.resolve import BuildPlan, resolve_build
+from sdopt.checkpoint.infer import sample_size
+from sdopt.checkpoint.model import Checkpoint
+from sdopt.checkpoint.scheduler import with_prediction
+from sdopt.checkpoint.source import open_checkpoint
+from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.component import ComponentName
+from sdopt.model.family import Prediction
+from sdopt.model.recipe import BuildRecipe
+
+_TENSORS = TypeAdapter(dict[str, TensorRef])
+
+
+def open_plan(recipe: BuildRecipe) -> BuildPlan:
+    """Open the recipe's source and decide everything. A local path in the recipe becomes absolute."""
+    progress.update("reading the checkpoint", 0.0)
+    path = Path(recipe.source).expanduser()
+    if path.exists():
+        recipe = recipe.model_copy(update={"source": str(path.resolve())})
+    checkpoint = open_checkpoint(recipe.source, vae=recipe.vae, prediction=recipe.prediction)
+    if checkpoint.prediction is None:
+        checkpoint = _probe_prediction(checkpoint)
+    return resolve_build(checkpoint, recipe)
+
+
+def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:
+    unet = checkpoint.components[ComponentName.UNET]
+    progress.update("finding out what the UNet predicts", 0.0)
+    tensors = _TENSORS.dump_python(dict(unet.tensors), mode="json")
+    outcome = run_isolated("sdopt.build.open:probe_in_child", {"config": dict(unet.config), "tensors": tensors})
+    prediction = Prediction(outcome.value["prediction"])
+    # The reader of a single file gives the size of the published models that predict the velocity.
+    config = {**unet.config, "sample_size": sample_size(checkpoint.family, prediction)}
+    components = {**checkpoint.components, ComponentName.UNET: dataclasses.replace(unet, config=config)}
+    scheduler = with_prediction(checkpoint.scheduler, prediction)
+    return dataclasses.replace(checkpoint, prediction=prediction, scheduler=scheduler, components=components)
+
+
+def probe_in_child(arguments: JsonTable) -> JsonTable:
+    """Run the UNet once, at the noisiest step on a constant input without a prompt, and see what comes out.
+
+    At step 999 the latent is all noise. A UNet that predicts the noise gives its input back; one that predicts the
+    velocity gives about minus the picture, which has nothing of the input. (A1111 tells SD2 models apart like this.)
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    from sdopt.networks.modules import build_network
+    from sdopt.networks.tensors import load_weights
+
+    config = arguments["config"]
+    with init_empty_weights(include_buffers=False):
+        network = build_network(ComponentName.UNET, config)
+    load_weights(network, _TENSORS.validate_python(arguments["tensors"]), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, int(config["in_channels"]), 16, 16, generator=generator)
+    text = torch.zeros(1, 77, int(config["cross_attention_dim"]))
+    with torch.inference_mode():
+        output = network(sample, torch.tensor(999.0), text)
+    latent = sample[:, : output.shape[1]]
+    likeness = torch.nn.functional.cosine_similarity(latent.flatten(), output.flatten(), dim=0).item()
+    return {"prediction": Prediction.EPSILON if likeness > 0.5 else Prediction.V_PREDICTION, "likeness": likeness}

@@ -1,0 +1,82 @@
+"""What a build will do before it does it: each step, found or to be made, and what it will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdopt.artifacts.store import Store, cache_root
+from sdopt.build.convert import find_finished
+from sdopt.build.graphs import find_graph
+from sdopt.build.resolve import BuildPlan, ComponentPlan
+from sdopt.build.staging import Staging
+from sdopt.model.component import ComponentName
+
+# Measured on two cores by benchmarks/convert_budget.py, rounded: an estimate, good to a factor of two.
+_COPY_BYTES_PER_S = 250e6
+_TRACE_FIXED_S, _TRACE_S_PER_TENSOR = 2.0, 0.012
+_TRACE_BYTES = 600_000_000
+_COPY_BYTES = 150_000_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """`found` means that nothing is to be done. Disk is what stays, memory the peak of the process that does it."""
+
+    stage: str
+    component: str
+    key: str
+    found: bool
+    disk_bytes: int
+    memory_bytes: int
+    expected_s: float
+
+
+def list_steps(plan: BuildPlan, output: Path) -> list[Step]:
+    """The steps of `convert(plan, output)` in order. Reads the store and what is at `output`, writes nothing."""
+    output = Path(os.path.abspath(output))
+    steps = _list_steps(plan, output, Store(cache_root()))
+    if find_finished(plan, output) is None:
+        return steps
+    return [dataclasses.replace(step, found=True, expected_s=0.0) for step in steps]
+
+
+def _list_steps(plan: BuildPlan, output: Path, store: Store) -> list[Step]:
+    steps: list[Step] = []
+    for name, part in plan.components.items():
+        steps.append(_weights_step(name, part, output))
+        steps.append(_graph_step(name, part, store))
+    if plan.recipe.verify.enabled:
+        for name, part in plan.components.items():
+            # fp32 weights on both sides, one process after the other.
+            memory = _fp32_bytes(part) * 2
+            steps.append(
+                Step("parity", name, part.architecture, False, 0, memory, _fp32_bytes(part) / _COPY_BYTES_PER_S)
+            )
+        everything = sum(_fp32_bytes(part) for part in plan.components.values())
+        pictures = plan.recipe.verify.steps * 2 * 3
+        steps.append(
+            Step("fidelity", "pipeline", "", False, 0, everything * 2, everything / _COPY_BYTES_PER_S * pictures / 10)
+        )
+    return steps
+
+
+def _weights_step(name: ComponentName, part: ComponentPlan, output: Path) -> Step:
+    found = Staging.peek_weights(output, name, part.weights_key)
+    seconds = 0.0 if found else part.weights_bytes / _COPY_BYTES_PER_S
+    return Step("weights", name, part.weights_key, found, part.weights_bytes, _COPY_BYTES, seconds)
+
+
+def _graph_step(name: ComponentName, part: ComponentPlan, store: Store) -> Step:
+    found = find_graph(store, part.architecture) is not None
+    seconds = 0.0 if found else _TRACE_FIXED_S + _TRACE_S_PER_TENSOR * len(part.tensors)
+    return Step("graph", name, part.architecture, found, len(part.tensors) * 1000, _TRACE_BYTES, seconds)
+
+
+def _fp32_bytes(part: ComponentPlan) -> int:
+    count = 0
+    for ref in part.tensors.values():
+        count += ref.nbytes // ref.dtype.itemsize_bytes
+    return count * 4

@@ -1,0 +1,50 @@
+"""What every tier shares: the checkpoint that ships with the package, and one bundle of it for the whole run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sdopt
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pristine_bundle(shared_folder: Path) -> Path:
+    """tiny-shapes in fp32, without a verdict, built once by whichever worker comes first. Not to be written to."""
+    output = shared_folder / "tiny"
+    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output)]
+    with (shared_folder / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            subprocess.run(
+                [*command, "--precision", "fp32", "--no-verify"],
+                env={**os.environ, "SDOPT_CACHE": str(shared_folder / "cache")}, check=True, capture_output=True,
+            )  # fmt: skip
+    return output
+
+
+@pytest.fixture
+def bundle(pristine_bundle: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the bundle that a test may damage."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(pristine_bundle, folder)
+    yield folder

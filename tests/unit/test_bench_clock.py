@@ -1,0 +1,108 @@
+"""The clock: which stage a run counts for, and what is left as overhead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sdopt.bench.clock import Clock
+from sdopt.bench.report import Stage
+from sdopt.model.component import ComponentName
+
+
+class FakeTime:
+    """A clock in ns that only moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class SlowSession:
+    """A session that takes `cost_ns` a run."""
+
+    def __init__(self, name: ComponentName, time: FakeTime, cost_ns: int) -> None:
+        self.spec = SimpleNamespace(name=name)
+        self.extents: dict[str, Any] = {"batch": 1}
+        self.closed = False
+        self._time, self._cost_ns = time, cost_ns
+
+    def run(self, inputs: Any) -> Any:
+        self._time.now += self._cost_ns
+        return {"echo": inputs}
+
+    def memory(self) -> str:
+        return "memory"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_stages_and_overhead_add_up_to_the_whole() -> None:
+    time = FakeTime()
+    clock = Clock(time)
+    costs = {
+        ComponentName.TEXT_ENCODER: 5, ComponentName.TEXT_ENCODER_2: 6, ComponentName.UNET: 40, ComponentName.VAE_DECODER: 9,
+    }  # fmt: skip
+    sessions: dict[ComponentName, Any] = {
+        name: clock.wrap(SlowSession(name, time, cost))
+        for name, cost in costs.items()  # type: ignore[arg-type]
+    }
+
+    def draw() -> None:
+        sessions[ComponentName.TEXT_ENCODER].run({})
+        sessions[ComponentName.TEXT_ENCODER_2].run({})
+        for _ in range(3):
+            sessions[ComponentName.UNET].run({})
+            time.now += 2
+        sessions[ComponentName.VAE_DECODER].run({})
+
+    for _ in range(2):
+        clock.time_picture(draw)
+    samples = clock.take()
+    assert samples == {
+        Stage.TEXT_ENCODER: (5, 6, 5, 6),
+        Stage.UNET_STEP: (40,) * 6,
+        Stage.VAE_DECODER: (9, 9),
+        Stage.OVERHEAD: (6, 6),
+        Stage.END_TO_END: (146, 146),
+    }
+    networks = sum(sum(samples[s]) for s in samples if s not in (Stage.END_TO_END, Stage.OVERHEAD))
+    assert networks + sum(samples[Stage.OVERHEAD]) == sum(samples[Stage.END_TO_END])
+
+
+def test_taking_starts_anew() -> None:
+    time = FakeTime()
+    clock = Clock(time)
+    session = clock.wrap(SlowSession(ComponentName.UNET, time, 7))  # type: ignore[arg-type]
+    clock.time_picture(lambda: session.run({}))
+    clock.take()
+    assert clock.take() == {}
+    clock.time_picture(lambda: session.run({}))
+    assert clock.take()[Stage.OVERHEAD] == (0,)
+
+
+def test_a_timed_session_is_the_session_in_all_else() -> None:
+    time = FakeTime()
+    inner = SlowSession(ComponentName.VAE_ENCODER, time, 1)
+    with Clock(time).wrap(inner) as session:  # type: ignore[arg-type]
+        assert session.spec is inner.spec
+        assert session.extents is inner.extents
+        assert session.memory() == "memory"
+        assert session.run({"a": 1}) == {"echo": {"a": 1}}  # type: ignore[dict-item]
+    assert inner.closed
+
+
+def test_a_run_that_fails_leaves_no_sample() -> None:
+    clock = Clock(FakeTime())
+
+    def fail() -> Any:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        clock.time_call(Stage.UNET_STEP, fail)
+    assert clock.take() == {}

@@ -1,0 +1,68 @@
+"""The report's format: it survives JSON, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.planted_reports import make_report
+from pydantic import ValidationError
+
+from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status, read_report, write_report
+from sdopt.errors import ArtifactError
+from sdopt.model.precision import Precision
+
+
+def test_a_report_survives_the_file(tmp_path: Path) -> None:
+    report = make_report()
+    write_report(tmp_path / "report.json", report)
+    assert read_report(tmp_path / "report.json") == report
+
+
+def test_raw_samples_are_stored_and_statistics_are_not(tmp_path: Path) -> None:
+    text = make_report().to_json().decode()
+    assert "samples_ns" in text
+    assert "median" not in text
+    assert "p90" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 2}, "has schema 2"),
+        ({"extra": 1}, "extra"),
+        ({"candidates": []}, "candidates"),
+        ({"case": {}}, "case"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    values = json.loads(make_report().to_json()) | change
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match=words):
+        read_report(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_damage_has_a_clear_message(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"report\.json"):
+        read_report(tmp_path / "report.json")
+
+
+def test_a_missing_file_has_a_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot read"):
+        read_report(tmp_path / "none.json")
+
+
+def test_a_failure_without_a_message_is_refused() -> None:
+    with pytest.raises(ValidationError, match="without a message"):
+        CandidateRecord(name="x", label="X", precision=Precision.FP32, settings={}, status=Status.FAILED)
+
+
+def test_samples_are_grouped_by_process() -> None:
+    engines = make_report().candidate("engines")
+    assert engines is not None
+    assert [len(group) for group in engines.samples_of(Stage.END_TO_END)] == [4, 4]
+    assert engines.samples_of(Stage.VAE_ENCODER) == ()
+    assert BenchReport.model_fields["schema_version"].default == 1

@@ -1,0 +1,142 @@
+"""`bundle.json`: an API. It round-trips, each defect has its own message, and a change of the format is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdopt.artifacts.bundle import find_damage, record_file, require_intact
+from sdopt.artifacts.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    BundleManifest,
+    FileRecord,
+    read_manifest,
+    write_manifest,
+)
+from sdopt.errors import ArtifactError, UnsafeInputError
+from tests.reference_session import make_bundle
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "bundle.schema.json"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> BundleManifest:
+    record = FileRecord(sha256="0" * 64, size_bytes=3)
+    made = make_bundle(tmp_path_factory.mktemp("bundle") / "b").manifest
+    return made.model_copy(update={"files": {"unet/model.onnx": record}})
+
+
+def test_it_round_trips(manifest: BundleManifest, tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_the_format_is_the_one_that_is_written_down() -> None:
+    """If this fails, the format changed: raise SCHEMA_VERSION unless old readers and old files still do.
+
+    Then write the schema anew: python -m tests.unit.test_manifest
+    """
+    assert BundleManifest.model_json_schema() == json.loads(GOLDEN.read_bytes())
+
+
+def edited(manifest: BundleManifest, edit: Callable[[dict[str, Any]], object]) -> bytes:
+    table = json.loads(manifest.to_json())
+    edit(table)
+    return json.dumps(table).encode()
+
+
+Edit = Callable[[dict[str, Any]], object]
+DEFECTS: dict[str, tuple[Edit, str]] = {
+    "newer schema": (lambda t: t.update(schema_version=SCHEMA_VERSION + 1, news=1), r"has schema 2"),
+    "older schema": (lambda t: t.update(schema_version=0), r"schema_version"),
+    "no schema": (lambda t: t.pop("schema_version") and t.update(schema_version=None), r"schema_version"),
+    "unknown key": (lambda t: t.update(colour="red"), r"colour"),
+    "unknown key inside": (lambda t: t["source"].update(colour="red"), r"source\.colour"),
+    "missing key": (lambda t: t.pop("profile"), r"profile"),
+    "unknown component": (lambda t: t["components"].update(head=t["components"]["unet"]), r"components\.head"),
+    "unknown precision": (lambda t: t["components"]["unet"].update(precision="fp12"), r"components\.unet\.precision"),
+    "unknown backend": (lambda t: t["components"]["unet"].update(backend={"kind": "abacus"}), r"components\.unet\.backend"),
+    "digest is no digest": (lambda t: t["files"]["unet/model.onnx"].update(sha256="00"), r"sha256"),
+    "negative size": (lambda t: t["files"]["unet/model.onnx"].update(size_bytes=-1), r"size_bytes"),
+    "impossible profile": (lambda t: t["profile"]["batch"].update(min=5, opt=1, max=1), r"profile"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_is_named(name: str, manifest: BundleManifest, tmp_path: Path) -> None:
+    edit, named = DEFECTS[name]
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, edit))
+    with pytest.raises(ArtifactError, match=named) as caught:
+        read_manifest(tmp_path)
+    assert caught.value.hint
+    assert ("upgrade" in caught.value.hint) == (name == "newer schema")
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "C:\\x", ""])
+def test_a_path_that_leaves_is_unsafe(path: str, manifest: BundleManifest, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(
+        edited(manifest, lambda t: t["files"].update({path: t["files"]["unet/model.onnx"]}))
+    )
+    with pytest.raises(UnsafeInputError):
+        read_manifest(tmp_path)
+
+
+def test_a_link_on_the_way_is_unsafe(manifest: BundleManifest, tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest)
+    (tmp_path / "unet").symlink_to("/etc")
+    with pytest.raises(UnsafeInputError, match="symbolic link"):
+        read_manifest(tmp_path)
+
+
+def test_every_truncation_is_refused(manifest: BundleManifest, tmp_path: Path) -> None:
+    whole = manifest.to_json().rstrip()
+    for end in range(0, len(whole), len(whole) // 40):
+        (tmp_path / MANIFEST_NAME).write_bytes(whole[:end])
+        with pytest.raises(ArtifactError, match="damaged"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 100_000, b"{" + b" " * (17 << 20) + b"}"])
+def test_what_is_no_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(ArtifactError):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_without_one_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "folder" / MANIFEST_NAME).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "none", tmp_path / "folder"):
+        with pytest.raises(ArtifactError, match="no sdopt bundle") as caught:
+            read_manifest(folder)
+        assert "sdopt convert" in caught.value.hint
+
+
+def test_damage_is_one_sentence_for_each_file(tmp_path: Path) -> None:
+    for name in ("whole", "changed", "short", "gone", "weights.safetensors"):
+        (tmp_path / name).write_bytes(b"content")
+    files = {path.name: record_file(path) for path in tmp_path.iterdir()}
+    assert find_damage(tmp_path, files) == []
+    (tmp_path / "changed").write_bytes(b"Content")
+    (tmp_path / "short").write_bytes(b"cont")
+    (tmp_path / "gone").unlink()
+    os.link(tmp_path / "weights.safetensors", tmp_path / "second")
+    damage = sorted(find_damage(tmp_path, files))
+    assert len(damage) == 4
+    for sentence, name, word in zip(
+        damage, ("changed", "gone", "short", "weights.safetensors"), ("SHA-256", "missing", "4 bytes", "hard links"),
+        strict=True,
+    ):  # fmt: skip
+        assert sentence.startswith(name)
+        assert word in sentence
+    with pytest.raises(ArtifactError, match="gone is missing"):
+        require_intact(tmp_path, files)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(BundleManifest.model_json_schema(), indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,124 @@
+"""Recipes: flag over file over default, what is unknown is named with the nearest, and what was saved reads the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdopt.cli.convert import dump_recipe, merge_recipe
+from sdopt.errors import RecipeError
+from sdopt.model.component import ComponentName
+from sdopt.model.family import Prediction
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import BuildRecipe, Dialect, Target, VerifySettings, parse_recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "offered"),
+    [
+        ({"precison": "fp32"}, "precison", "'precision'"),
+        ({"precision": "fp23"}, "fp23", "'fp32'"),
+        ({"precision": "FP16"}, "FP16", "fp16"),
+        ({"target": "openvno"}, "openvno", "'openvino'"),
+        ({"dialect": "opset24"}, "opset24", "'opset23'"),
+        ({"prediction": "v-prediction"}, "v-prediction", "'v_prediction'"),
+        ({"verify": {"step": 3}}, "verify.step", "'steps'"),
+        ({"component_precision": {"unte": "fp32"}}, "unte", "'unet'"),
+        ({"component_precision": {"unet": "bf61"}}, "bf61", "'bf16'"),
+    ],
+)
+def test_an_unknown_key_or_value_is_named_with_the_nearest(values: dict[str, Any], named: str, offered: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, where="here.toml")
+    assert "here.toml" in caught.value.message
+    assert named in caught.value.message
+    assert offered in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"batch": 0}, {"batch": -1}, {"batch": 65}, {"batch": "many"}, {"size": "512"}, {"size": "0x64"}, {"tokens": 75},
+     {"verify": {"steps": 0}}, {"verify": {"seed": -1}}, {"verify": 3}, {"dynamic": "perhaps"}],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_key(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, where="x")
+    problem = str(caught.value)
+    key, value = next(iter(values.items()))
+    assert key in problem
+    if not isinstance(value, dict):
+        assert str(value) in problem
+
+
+def merge(file: Path | None = None, *, no_verify: bool = False, **flags: Any) -> BuildRecipe:
+    return merge_recipe(file, {"source": "m", **flags}, no_verify=no_verify)
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('precision = "fp32"\nbatch = 3\nsource = "from-file"\n[verify]\nsteps = 4\n')
+    recipe = merge(file, source=None, batch=2, precision=None, size=None)
+    assert (recipe.source, recipe.precision, recipe.batch, recipe.size) == ("from-file", Precision.FP32, 2, "")
+    assert recipe.verify == VerifySettings(steps=4)
+    assert merge().batch == BuildRecipe().batch
+    assert merge(file, source="flag").source == "flag"
+
+
+def test_no_verify_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("[verify]\nsteps = 4\n")
+    assert merge(file, no_verify=True).verify == VerifySettings(steps=4, enabled=False)
+    assert not merge(no_verify=True).verify.enabled
+
+
+def test_an_error_says_whether_the_file_or_the_command_line_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("batch = 0\n")
+    with pytest.raises(RecipeError, match=r"r\.toml"):
+        merge(file, batch=1)
+    with pytest.raises(RecipeError, match="command line"):
+        merge(batch=0)
+
+
+@pytest.mark.parametrize("content", [b"batch = ", b"\xff\xfe", b"batch = 1\nbatch = 2\n"])
+def test_a_file_that_is_no_toml_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match="TOML"):
+        merge(file)
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(RecipeError, match="cannot read the recipe"):
+            merge(path)
+
+
+def test_no_source_is_refused() -> None:
+    with pytest.raises(RecipeError, match="SOURCE"):
+        merge(source=None)
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+recipes = st.builds(
+    BuildRecipe,
+    source=texts.filter(bool), target=st.sampled_from(Target), precision=st.sampled_from(Precision),
+    component_precision=st.dictionaries(st.sampled_from(ComponentName), st.sampled_from(Precision)),
+    size=st.sampled_from(["", "64x128"]), batch=st.integers(1, 64), dynamic=st.booleans(),
+    dialect=st.sampled_from(Dialect), vae=texts, prediction=st.none() | st.sampled_from(Prediction),
+    verify=st.builds(
+        VerifySettings, enabled=st.booleans(), prompts=st.lists(texts, max_size=3).map(tuple),
+        steps=st.integers(1, 1000), seed=st.integers(0, 2**63 - 1), guidance_scale=st.floats(0, 100),
+    ),
+)  # fmt: skip
+
+
+@given(recipes)
+def test_a_saved_recipe_reads_back_the_same(tmp_path_factory: pytest.TempPathFactory, recipe: BuildRecipe) -> None:
+    file = tmp_path_factory.getbasetemp() / "saved.toml"
+    file.write_bytes(dump_recipe(recipe))
+    assert merge_recipe(file, {}, no_verify=False) == recipe
