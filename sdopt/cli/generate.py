@@ -59,7 +59,7 @@ def generate(
 ) -> None:
     """Draw a picture for each PROMPT with the bundle in FOLDER.
 
-    Pictures are numbered and never overwrite another. Their size is the one that the bundle was built for.
+    Pictures are numbered and never overwrite another; several are put on one sheet, too. Their size is the one that the bundle was built for.
     """
     flags = {
         "negative_prompt": negative,
@@ -78,10 +78,19 @@ def generate(
         )
     with progress.shown_on_stderr():
         drawn = _draw_into(folder, output, requests, recipe)
+    grid = _write_grid([Path(picture["path"]) for picture in drawn])
     if as_json:
-        print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": drawn}))
-    for picture in drawn:
-        print(picture["path"], file=sys.stderr)
+        print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": drawn, "grid": grid}))
+    for path in [*(picture["path"] for picture in drawn), *([grid] if grid else [])]:
+        print(path, file=sys.stderr)
+
+
+def _write_grid(paths: list[Path]) -> str | None:
+    if len(paths) < 2:
+        return None
+    from sdopt.pipeline.grid import write_grid
+
+    return str(write_grid(paths))
 
 
 def _read(from_image: Path | None) -> PictureRecipe | None:
