@@ -14,8 +14,8 @@ the picture and 6 % the prompt; from pure noise 13 % had the prompt's place, no 
 from pure noise, so the place was random. Three things in `train_denoiser` put it right:
 
 - at t >= 900 the latent is pure noise (the picture is left out), so that the prompt is all there is to go by;
-- the loss there is the picture's error, 1 / SNR times that of epsilon, averaged over 4x4 latent pixels: this
-  keeps the layout and drops the pixel noise, which at 1 / SNR = 200 would drown it;
+- the picture's error, 1 / SNR times that of epsilon, is added to the loss, and there it is averaged over 4x4
+  latent pixels: this keeps the layout and drops the pixel noise, which at 1 / SNR = 200 would drown it;
 - the first part of the training is about nothing else, with captions that leave nothing out.
 
 The same seed and the same step counts on the same machine give the same weights; `--minutes` cuts a run short.
@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -256,23 +255,41 @@ def sample_noising(latents: torch.Tensor, layout_only: bool) -> tuple[torch.Tens
     Returns `t`, int64 [n], and `kept`, float32 [n, 1, 1, 1]: 1 where the latent shows, 0 for pure noise.
     """
     n = len(latents)
-    share, start, hidden = (0.7, LAYOUT_FROM_T, 1.0) if layout_only else (0.5, 700, 0.6)
+    share, start, hidden = (0.7, LAYOUT_FROM_T, 1.0) if layout_only else (0.6, 550, 0.5)
     noisy = torch.rand(n) < share
     t = torch.where(noisy, torch.randint(start, 1000, (n,)), torch.randint(0, 1000, (n,)))
     kept = ~((t >= LAYOUT_FROM_T) & (torch.rand(n) < hidden))
     return t, kept.float()[:, None, None, None]
 
 
-def compare_noise(error: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
-    """Turn the error of epsilon, `[n, 4, 16, 16]`, at signal-to-noise ratio `snr`, `[n]`, into a loss.
+def compare_noise(error: torch.Tensor, t: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
+    """Turn the error of epsilon, `[n, 4, 16, 16]`, at timesteps `t` of signal-to-noise `snr`, `[n]`, to a loss.
 
-    Min-SNR weighting (Hang et al., 2023) for the details, plus the layout's own term.
+    Min-SNR weighting (Hang et al., 2023) for the details, plus the picture's own error: at the noisiest steps
+    that of the layout alone.
     """
-    details = error.square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)
+    noisiest = t >= LAYOUT_FROM_T
+    squared = error.square().mean((1, 2, 3))
     coarse = F.avg_pool2d(error, LAYOUT_PX)
     ground = coarse.mean((2, 3), keepdim=True)
     layout = (coarse - ground).square().mean((1, 2, 3)) + GROUND_WEIGHT * ground.square().mean((1, 2, 3))
-    return (details + layout / snr).mean()
+    return (squared * (5 / snr).clamp(max=1) + torch.where(noisiest, layout, squared) / snr).mean()
+
+
+def measure_loss(
+    pipe: StableDiffusionPipeline, scenes: list[check.Scene], latents: torch.Tensor, complete: bool, rng: random.Random
+) -> torch.Tensor:
+    """Noise the scaled latents `[n, 4, 16, 16]` of `scenes`, denoise them by their captions and return the loss."""
+    captions = [_caption(scene, complete, rng) for scene in scenes]
+    t, kept = sample_noising(latents, layout_only=complete)
+    alpha = pipe.scheduler.alphas_cumprod[t][:, None, None, None]
+    noisy = kept * alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
+    # With the latent left out this is no longer the noise: it is the epsilon whose picture is the latent.
+    wanted = (noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+    with torch.autocast("cpu", torch.bfloat16):
+        context = pipe.text_encoder(tokenize(pipe.tokenizer, captions))[0]
+        predicted = pipe.unet(noisy, t, context).sample.float()
+    return compare_noise(predicted - wanted, t, (alpha / (1 - alpha)).flatten())
 
 
 def train_denoiser(
@@ -287,25 +304,15 @@ def train_denoiser(
     unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
     processors = unet.attn_processors
     unet.set_attn_processor(Float32Attention())
-    alphas = DDPMScheduler(**BETAS).alphas_cumprod
-    optimiser = torch.optim.AdamW(
-        group_weights(unet, text_encoder, fine_lr), weight_decay=1e-4, betas=(0.9, 0.99), fused=True
-    )
-    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+    groups = group_weights(unet, text_encoder, fine_lr)
+    optimiser = torch.optim.AdamW(groups, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
+    weights = [weight for group in groups for weight in group["params"]]
     average = [weight.detach().clone() for weight in weights]
     for step, done in budget.spend():
         schedule_lr(optimiser, 1e-3, step, done)
-        layout_only = done < LAYOUT_PART
         chosen = torch.randint(len(latents), (BATCH,))
-        captions = [_caption(scenes[i], layout_only, rng) for i in chosen.tolist()]
-        t, kept = sample_noising(latents[chosen], layout_only)
-        alpha = alphas[t][:, None, None, None]
-        noisy = kept * alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * torch.randn_like(latents[chosen])
-        wanted = (noisy - alpha.sqrt() * latents[chosen]) / (1 - alpha).sqrt()
-        with torch.autocast("cpu", torch.bfloat16):
-            context = text_encoder(tokenize(pipe.tokenizer, captions))[0]
-            predicted = unet(noisy, t, context).sample.float()
-        loss = compare_noise(predicted - wanted, alphas[t] / (1 - alphas[t]))
+        batch = [scenes[i] for i in chosen.tolist()]
+        loss = measure_loss(pipe, batch, latents[chosen], done < LAYOUT_PART, rng)
         take_step(optimiser, loss)
         with torch.no_grad():
             torch._foreach_lerp_(average, weights, 1 - min(0.999, (1 + step) / (10 + step)))

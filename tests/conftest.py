@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,8 +42,8 @@ def pristine_bundle(shared_folder: Path) -> Path:
 
 
 @pytest.fixture
-def bundle(pristine_bundle: Path, tmp_path: Path) -> Iterator[Path]:
+def bundle(pristine_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may damage."""
     folder = tmp_path / "bundle"
     shutil.copytree(pristine_bundle, folder)
-    yield folder
+    return folder

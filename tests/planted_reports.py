@@ -41,10 +41,10 @@ def make_process(position: int, whole_ms: tuple[int, ...]) -> ProcessRecord:
     )  # fmt: skip
 
 
-def make_fidelity(prompts: tuple[str, ...], psnr_db: float | None = 32.5) -> tuple[ImageFidelity, ...]:
+def make_fidelity(prompts: tuple[str, ...], psnr_db: float | None = 45.0) -> tuple[ImageFidelity, ...]:
     return tuple(
         ImageFidelity(
-            prompt=prompt, seed=index, psnr_db=psnr_db, ssim=0.97, ms_ssim=0.98, latent_cosine_min=0.999,
+            prompt=prompt, seed=index, psnr_db=psnr_db, ssim=0.985, ms_ssim=0.99, latent_cosine_min=0.999,
             noise_floor_psnr_db=None, noise_floor_ssim=1.0,
         )
         for index, prompt in enumerate(prompts)
@@ -61,7 +61,7 @@ def make_candidate(name: str, whole_ms: tuple[int, ...], prompts: tuple[str, ...
         "settings": {ComponentName.UNET: settings},
         "status": Status.OK,
         "processes": (make_process(0, whole_ms), make_process(3, whole_ms)),
-        "fidelity": make_fidelity(prompts, 32.5 if engines else None),
+        "fidelity": make_fidelity(prompts, 45.0 if engines else None),
     }
     return CandidateRecord(**values | changes)
 
@@ -79,7 +79,7 @@ def make_report(
             sdopt="0.1", python="3.11", system="Linux x86_64", processor="A processor", cpu_features=("avx2",),
             libraries={"torch": "2.13"},
         ),
-        machine=MachineRecord(logical_cores=2, memory_bytes=24_000_000_000, load_average=0.2),
+        machine=MachineRecord(logical_cores=2, memory_bytes=24_000_000_000, neighbours_cores=0.02),
         method=MethodRecord(
             repeats=2, least_pictures=2, most_pictures=10, picture_budget_s=6, time_limit_s=1800,
             order=("engines", "eager-fp32", "eager-fp32", "engines"), command="sdopt bench out/b --report out/r",

@@ -69,7 +69,8 @@ class TorchSession:
         with torch.inference_mode(), self._attention():
             outputs = self._run(*arguments)
         named = zip(self.spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
-        return {tensor.name: output.to(TORCH_DTYPES[tensor.dtype]) for tensor, output in named}
+        # A copy made out here is a plain tensor: inference tensors cannot be changed in place by who gets them.
+        return {tensor.name: output.to(TORCH_DTYPES[tensor.dtype], copy=True) for tensor, output in named}
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:

@@ -69,7 +69,7 @@ def parse_against(text: str) -> tuple[Baseline, ...]:
     chosen: dict[Baseline, None] = {}
     for word in filter(None, (part.strip() for part in text.split(","))):
         if word not in list(Baseline):
-            near = difflib.get_close_matches(word, list(Baseline), n=1)
+            near = difflib.get_close_matches(word, [baseline.value for baseline in Baseline], n=1)
             known = f"known: {', '.join(Baseline)}"
             raise UsageError(
                 f"there is no baseline {word!r}", hint=f"did you mean {near[0]!r}? {known}" if near else known

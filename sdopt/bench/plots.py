@@ -67,7 +67,7 @@ def plot_stages(rows: Sequence[CandidateSummary]) -> str:
             range(len(rows)), widths, left=lefts, height=0.6, color=_STAGE_COLOURS[stage], label=STAGE_LABELS[stage]
         )
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.3, 1.0), ncols=3, frameon=False, fontsize=9, labelcolor=_TEXT)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.3, 1.0), ncols=3, frameon=False, fontsize=10, labelcolor=_TEXT)
     return _to_svg(figure, "stages", "Where the time of a call goes: each candidate's stages, stacked.")
 
 
@@ -78,7 +78,7 @@ def plot_memory(rows: Sequence[CandidateSummary]) -> str:
         value_gb = (row.peak_rss_bytes or 0) / 1e9
         axes.barh(y, value_gb, height=0.6, color=_colour(row.record))
         axes.annotate(
-            f"{value_gb:.2f}", (value_gb, y), (4, 0), textcoords="offset points", va="center", color=_TEXT, fontsize=9
+            f"{value_gb:.2f}", (value_gb, y), (4, 0), textcoords="offset points", va="center", color=_TEXT, fontsize=10
         )
     axes.margins(x=0.12)
     return _to_svg(figure, "memory", "Peak resident memory of each candidate's process.")
@@ -96,10 +96,10 @@ def _colour(record: CandidateRecord) -> str:
 def _make_axes(labels: Sequence[str], title: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(_WIDTH_IN, 0.75 + _ROW_IN * len(labels)), layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(labels)), labels, fontsize=10, color=_TEXT)
+    axes.set_yticks(range(len(labels)), labels, fontsize=11, color=_TEXT)
     axes.set_ylim(len(labels) - 0.45, -0.55)
-    axes.set_xlabel(title, fontsize=9.5, color=_TEXT)
-    axes.tick_params(colors=_TEXT, labelsize=9.5)
+    axes.set_xlabel(title, fontsize=10.5, color=_TEXT)
+    axes.tick_params(colors=_TEXT, labelsize=10.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=_OTHERS, alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)

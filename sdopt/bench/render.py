@@ -74,7 +74,7 @@ def render_html(result: BenchResult) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(ns=format_ns, size=format_bytes, speed=format_speed, psnr=format_psnr, shorten=shorten)
-    plots = [plot_latency(measured), plot_stages(measured), plot_memory(measured)] if measured else []
+    plots = [plot(measured) for plot in (plot_latency, plot_stages, plot_memory)] if measured else []
     template = environment.from_string(files("sdopt.bench").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         report=report,
@@ -84,7 +84,7 @@ def render_html(result: BenchResult) -> str:
         end_to_end=Stage.END_TO_END,
         ok=Status.OK,
         engines=ENGINES,
-        agrees=agrees,
+        agrees=lambda record: agrees(report, record),
         plots=[markupsafe.Markup(plot) for plot in plots],  # noqa: S704 - made by matplotlib, which escapes its text
         grid=_lay_out_grid(result),
         prompts_left_out=max(0, len(report.case.prompts) - _MOST_PROMPTS),

@@ -22,6 +22,8 @@ from sdopt.model.recipe import BackendSettings
 
 SCHEMA_VERSION = 1
 _LIMIT_BYTES = 256 << 20
+# The bookkeeping of an idle desktop takes less; a second program that computes takes ten times as much.
+NEIGHBOURS_ALLOWED_CORES = 0.1
 
 
 class _Record(BaseModel):
@@ -81,12 +83,17 @@ class MethodRecord(_Record):
 
 
 class MachineRecord(_Record):
-    """The state of the machine that the environment record does not hold. `load_average` is that of the last
-    minute before the run: over 1, something else was running."""
+    """What the environment record does not hold. `neighbours_cores` is how many cores other processes kept busy, on
+    average over the run: times taken beside a neighbour say little.
+    """
 
     logical_cores: int
     memory_bytes: int
-    load_average: float
+    neighbours_cores: float
+
+    @property
+    def was_shared(self) -> bool:
+        return self.neighbours_cores > NEIGHBOURS_ALLOWED_CORES
 
 
 class ProcessRecord(_Record):

@@ -16,7 +16,7 @@ from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ImageFidelity, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
-from sdopt.bench.environment import measure_machine
+from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, CandidateRecord, CaseRecord, MethodRecord, ProcessRecord, Status
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings
@@ -28,7 +28,7 @@ from sdopt.model.recipe import BackendSettings
 
 _LEAST_PICTURES = 2
 _MOST_PICTURES = 10
-_PICTURE_BUDGET_S = 6.0
+_PICTURE_BUDGET_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     Raises `ArtifactError` for a folder that is no bundle; a candidate's own failure is in its row.
     """
     manifest = read_manifest(request.folder)
-    machine = measure_machine()
+    before = read_cpu_use()
     verify = manifest.recipe.verify
     scene = Scene(
         prompts=request.prompts or verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=request.steps,
@@ -99,7 +99,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         case=_describe_case(request.folder, manifest, scene, scheduler),
         environment=describe_machine(),
-        machine=machine,
+        machine=measure_machine(before),
         method=MethodRecord(
             repeats=request.repeats, least_pictures=_LEAST_PICTURES, most_pictures=_MOST_PICTURES,
             picture_budget_s=_PICTURE_BUDGET_S, time_limit_s=request.time_limit_s, order=tuple(order),

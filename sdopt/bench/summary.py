@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdopt.artifacts.manifest import ImageFidelity
 from sdopt.bench.candidates import ENGINES, Baseline
 from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status
 from sdopt.bench.stats import Ratio, Summary, compare_speed, summarize
-from sdopt.fidelity.verdict import format_psnr, limit_for
-from sdopt.model.precision import Precision
+from sdopt.fidelity.verdict import find_limits, format_psnr
 
 # Smaller differences are called none: another layout of the same code in memory makes as much.
 _LEAST_EFFECT = 0.02
@@ -82,7 +80,10 @@ def describe_result(report: BenchReport) -> str:
     first = f"{engines.label} draws {what} in {format_ns(whole.median_ns if whole else None)}"
     if speeds:
         first += f": {_join(speeds)}"
-    return f"{first}. {_describe_pictures(engines)}"
+    if report.machine.was_shared:
+        shared = f"{report.machine.neighbours_cores:.1f} of {report.machine.logical_cores} cores"
+        first += f". Other programs kept {shared} busy, so measure again before you believe the times"
+    return f"{first}. {_describe_pictures(report, engines)}"
 
 
 def _describe_speed(ratio: Ratio) -> str:
@@ -91,19 +92,24 @@ def _describe_speed(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} times as fast as"
 
 
-def _describe_pictures(engines: CandidateRecord) -> str:
+def _describe_pictures(report: BenchReport, engines: CandidateRecord) -> str:
     if not engines.fidelity:
         return "Its pictures were not compared, because torch fp32 could not draw them."
     worst = min(engines.fidelity, key=lambda f: math.inf if f.psnr_db is None else f.psnr_db)
     figures = f"PSNR {format_psnr(worst.psnr_db)} or better, SSIM {min(f.ssim for f in engines.fidelity):.3f} or better"
-    if agrees(engines.fidelity, engines.precision):
+    if all(agrees(report, engines)):
         return f"The pictures agree with those of torch fp32 ({figures})."
     return f"The pictures differ from those of torch fp32 ({figures.replace(' or better', '')})."
 
 
-def agrees(fidelity: Sequence[ImageFidelity], precision: Precision) -> bool:
-    """Whether every picture reaches what the fidelity verdict asks of its precision."""
-    return all(limit_for(image, precision).holds_for(image) for image in fidelity)
+def agrees(report: BenchReport, record: CandidateRecord) -> tuple[bool, ...]:
+    """For each picture of a candidate, whether it reaches what the fidelity verdict asks of its precision.
+
+    torch in bf16, where the bench measured it, is the second hearing.
+    """
+    peer = report.candidate(Baseline.EAGER_BF16)
+    limits = find_limits(record.fidelity, record.precision, peer.fidelity if peer else ())
+    return tuple(limit.holds_for(image) for limit, image in zip(limits, record.fidelity, strict=True))
 
 
 def format_ns(value_ns: float | None) -> str:

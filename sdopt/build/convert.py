@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.artifacts.bundle import find_damage, record_file
-from sdopt.artifacts.files import require_free_disk, write_file
+from sdopt.artifacts.files import hash_file, require_free_disk, write_file
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import (
@@ -159,13 +159,14 @@ def _judge(draft: BundleManifest, store: Store, staging: Staging) -> FidelityRec
     """The verdict, from the store or by drawing. Raises `FidelityError` where it is no pass."""
     if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
         return draft.fidelity
-    key = _fidelity_key(draft)
+    key = _fidelity_key(draft, staging.folder)
     folder = store.find(FIDELITY_STAGE, key)
     if folder is None:
         from sdopt.fidelity.verdict import judge_fidelity
 
         record = judge_fidelity(staging.folder, draft, staging.work)
-        store.put(FIDELITY_STAGE, key, {_FIDELITY_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+        if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
+            store.put(FIDELITY_STAGE, key, {_FIDELITY_NAME: json.dumps(record.model_dump(mode="json")).encode()})
     else:
         record = FidelityRecord.model_validate_json((folder / _FIDELITY_NAME).read_bytes())
     if record.verdict is Verdict.FAIL:
@@ -176,13 +177,16 @@ def _judge(draft: BundleManifest, store: Store, staging: Staging) -> FidelityRec
     return record
 
 
-def _fidelity_key(draft: BundleManifest) -> str:
+def _fidelity_key(draft: BundleManifest, folder: Path) -> str:
+    """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt."""
     dump = draft.model_dump(mode="json")
     parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}
     environment = dump["environment"]
+    texts = sorted([*folder.glob("scheduler/*"), *folder.glob("tokenizer*/*")])
     return digest_of(
         [parts, dump["source"]["digest"], dump["recipe"]["verify"], dump["prediction"], environment["libraries"],
-         environment["processor"], environment["cpu_features"]]
+         environment["processor"], environment["cpu_features"], environment["sdopt"],
+         [[path.relative_to(folder).as_posix(), hash_file(path)] for path in texts]]
     )  # fmt: skip
 
 

@@ -123,6 +123,7 @@ def _write(folder: Path, result: BenchResult) -> None:
 
 
 def _print_table(report: BenchReport) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -133,25 +134,32 @@ def _print_table(report: BenchReport) -> None:
         describe_result,
         format_bytes,
         format_ns,
-        format_speed,
         summarize_candidates,
     )
     from sdopt.fidelity.verdict import format_psnr
 
-    table = Table(title=escape(neutralise(f"{report.case.bundle}, {report.case.steps} steps")), title_justify="left")
-    for column in ("candidate", "one call", "p90", "UNet step", "x eager fp32", "cold start", "peak memory", "PSNR"):
-        table.add_column(column, justify="left" if column == "candidate" else "right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=escape(neutralise(f"{report.case.bundle}, {report.case.steps} steps")),
+        title_justify="left",
+    )
+    for column in ("", "one call", "UNet step", "speed", "cold start", "memory", "PSNR"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in summarize_candidates(report):
         if row.record.status is not Status.OK or row.whole is None:
             table.add_row(escape(row.record.label), row.record.status.value)
             continue
         step = row.stages.get(Stage.UNET_STEP)
         table.add_row(
-            escape(row.record.label), format_ns(row.whole.median_ns), format_ns(row.whole.p90_ns),
-            format_ns(step.median_ns if step else None), format_speed(row.speed), format_ns(row.cold_start_ns),
+            escape(row.record.label),
+            format_ns(row.whole.median_ns),
+            format_ns(step.median_ns if step else None),
+            f"{row.speed.value:.2f}x" if row.speed else NOT_MEASURED,
+            format_ns(row.cold_start_ns),
             format_bytes(row.peak_rss_bytes),
             NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db),
-        )  # fmt: skip
+        )
     console = Console(stderr=True)
     console.print(table)
     for candidate in report.candidates:

@@ -59,7 +59,8 @@ def generate(
 ) -> None:
     """Draw a picture for each PROMPT with the bundle in FOLDER.
 
-    Pictures are numbered and never overwrite another; several are put on one sheet, too. Their size is the one that the bundle was built for.
+    Pictures are numbered and never overwrite another; several are put on one sheet, too. Their size is the one that the
+    bundle was built for.
     """
     flags = {
         "negative_prompt": negative,

@@ -65,7 +65,6 @@ def trace_component(
             raise ExportError(f"torch could not be traced: {spec.name}: {error}") from error
     assert program is not None
     if dynamic:
-        _require_symbolic(program.model, spec, extents)
         _name_output_axes(program.model, spec, extents)
     weights = tensor_names(network)
     return TracedGraph(_drop_weight_data(program.model, weights, spec), weights, count_attention_layers(network))
@@ -89,26 +88,12 @@ def _dynamic_shapes(spec: ComponentSpec, extents: Mapping[str, Extent]) -> tuple
     """One entry an input: axes whose extent is a range are dynamic under their own name, the others keep their size."""
 
     def axes_of(axes: tuple[int | str, ...]) -> dict[int, str]:
-        return {
-            index: axis for index, axis in enumerate(axes) if isinstance(axis, str) and not extents[axis].is_static
-        }
+        return {index: axis for index, axis in enumerate(axes) if isinstance(axis, str) and not extents[axis].is_static}
 
     shapes = [axes_of(tensor.axes) for tensor in spec.inputs]
     # The UNet takes what SDXL and LCM add as *extra, which is one argument to torch.export.
     named = 3 if spec.name == "unet" else len(shapes)
     return (*shapes[:named], tuple(shapes[named:])) if shapes[named:] else tuple(shapes)
-
-
-def _require_symbolic(model: ir.Model, spec: ComponentSpec, extents: Mapping[str, Extent]) -> None:
-    """torch fixes an axis in silence where the network computes with its size: then it is no dynamic graph."""
-    for tensor, value in zip(spec.inputs, model.graph.inputs, strict=True):
-        assert value.shape is not None
-        for axis, size in zip(tensor.axes, value.shape, strict=True):
-            if isinstance(axis, str) and not extents[axis].is_static and isinstance(size, int):
-                raise ExportError(
-                    f"{spec.name}: the axis {axis} of {tensor.name} is fixed to {size} in the traced graph",
-                    hint="build it with static shapes: dynamic = false",
-                )
 
 
 def _name_output_axes(model: ir.Model, spec: ComponentSpec, extents: Mapping[str, Extent]) -> None:

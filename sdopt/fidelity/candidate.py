@@ -20,6 +20,7 @@ from sdopt.model.recipe import BackendSettings
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_SCHEDULER = "ddim"
 _SETTINGS: TypeAdapter[BackendSettings] = TypeAdapter(BackendSettings)
 
 
@@ -44,6 +45,9 @@ def open_candidate(
 ) -> Iterator[DiffusionPipeline]:
     """Open every component with `settings`, or each with its own where it is None, and assemble the pipeline.
 
+    The scheduler is DDIM, whatever the checkpoint's own: it is deterministic, calls the UNet once a step, fits every
+    checkpoint, and does not amplify rounding, as PLMS does at ten steps (bf16 of tiny-shapes: 24 dB instead of 53 dB).
+
     `wrap` is called on each session before the pipeline sees it. Raises what the backends raise.
     """
     from sdopt.backends.open import open_session
@@ -55,6 +59,6 @@ def open_candidate(
         for name, record in manifest.components.items():
             files = component_files(folder, manifest, name)
             sessions[name] = wrap(opened.enter_context(open_session(files, settings or record.backend)))
-        pipeline = assemble_pipeline(folder, manifest, sessions)
+        pipeline = assemble_pipeline(folder, manifest, sessions, scheduler=_SCHEDULER)
         pipeline.set_progress_bar_config(disable=True)
         yield pipeline

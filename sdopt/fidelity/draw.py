@@ -149,7 +149,8 @@ def build_call(
     if "image" in inputs:
         call["image"] = [Image.fromarray(inputs["image"].numpy())] * len(indices)
     if manifest.inpainting:
-        call["mask_image"] = [Image.fromarray(inputs["mask"].numpy())] * len(indices)
+        # SDXL's default strength of 0.9999 would drop a step.
+        call |= {"mask_image": [Image.fromarray(inputs["mask"].numpy())] * len(indices), "strength": 1.0}
     if manifest.family is Family.SDXL_REFINER and not manifest.inpainting:
         # Its pipeline takes given latents as already noised; the seeded generators give every candidate one
         # noise.

@@ -46,8 +46,11 @@ def test_stages_and_overhead_add_up_to_the_whole() -> None:
     time = FakeTime()
     clock = Clock(time)
     costs = {
-        ComponentName.TEXT_ENCODER: 5, ComponentName.TEXT_ENCODER_2: 6, ComponentName.UNET: 40, ComponentName.VAE_DECODER: 9,
-    }  # fmt: skip
+        ComponentName.TEXT_ENCODER: 5,
+        ComponentName.TEXT_ENCODER_2: 6,
+        ComponentName.UNET: 40,
+        ComponentName.VAE_DECODER: 9,
+    }
     sessions: dict[ComponentName, Any] = {
         name: clock.wrap(SlowSession(name, time, cost))
         for name, cost in costs.items()  # type: ignore[arg-type]

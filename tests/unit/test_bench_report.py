@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.planted_reports import make_report
 from pydantic import ValidationError
 
 from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status, read_report, write_report
 from sdopt.errors import ArtifactError
 from sdopt.model.precision import Precision
+from tests.planted_reports import make_report
 
 
 def test_a_report_survives_the_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench import candidates as candidates_module
 from sdopt.bench import run as run_module
 from sdopt.bench.candidates import Baseline, label_engines, list_candidates, parse_against
-from sdopt.bench.report import MachineRecord, Stage, Status
+from sdopt.bench.environment import CpuUse, measure_machine, read_cpu_use
+from sdopt.bench.report import Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
 from sdopt.errors import MissingDependency, SdoptError, UsageError
 from sdopt.fidelity.draw import write_drawing
@@ -34,7 +36,7 @@ def test_every_candidate_runs_once_in_each_repeat_and_neighbours_alternate(count
     order = interleave(names, repeats)
     rounds = [order[i * count : (i + 1) * count] for i in range(repeats)]
     assert all(sorted(one) == names for one in rounds)
-    assert all(a == b[::-1] for a, b in zip(rounds, rounds[1:], strict=False))
+    assert all(a == b[::-1] for a, b in pairwise(rounds))
 
 
 def test_two_candidates_run_as_abba() -> None:
@@ -111,9 +113,6 @@ def run_fakes(
     monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
     monkeypatch.setattr(run_module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
-    monkeypatch.setattr(
-        run_module, "measure_machine", lambda: MachineRecord(logical_cores=2, memory_bytes=1, load_average=0)
-    )
     return run_bench(BenchRequest(tmp_path, parse_against(against)), tmp_path), fakes
 
 
@@ -166,3 +165,12 @@ def test_torch_settings_of_the_baselines() -> None:
     assert [c.name for c in found] == ["engines", "eager-fp32", "eager-bf16", "compile"]
     assert [c.label for c in found][1:] == ["torch eager fp32", "torch eager bf16", "torch.compile fp32"]
     assert found[3].settings == TorchSettings(compile=True)
+
+
+def test_a_neighbour_is_noticed_and_the_benchs_own_work_is_not() -> None:
+    before = read_cpu_use()
+    later = CpuUse(before.at_s - 10, before.busy_s - 20, before.own_s - 15)
+    assert measure_machine(later).neighbours_cores == pytest.approx(0.5, abs=0.1)
+    assert measure_machine(later).was_shared
+    alone = CpuUse(before.at_s - 10, before.busy_s - 20, before.own_s - 20)
+    assert measure_machine(alone).neighbours_cores < 0.1

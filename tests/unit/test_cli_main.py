@@ -179,9 +179,7 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_that_cannot_be_saved_is_an_error(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_that_cannot_be_saved_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plan:
         recipe = sdopt.build.open.BuildRecipe(source="x")
 

@@ -73,9 +73,7 @@ def test_opposite_pictures_score_zero_and_not_less() -> None:
     assert compute_ms_ssim(picture, 255 - picture) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("side_px", "scales"), [(16, 1), (32, 2), (64, 3), (104, 4), (175, 4), (176, 5), (1024, 5)]
-)
+@pytest.mark.parametrize(("side_px", "scales"), [(16, 1), (32, 2), (64, 3), (104, 4), (175, 4), (176, 5), (1024, 5)])
 def test_scales_fit_the_picture(side_px: int, scales: int) -> None:
     weights = choose_scales(side_px)
     assert len(weights) == scales

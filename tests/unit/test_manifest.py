@@ -61,7 +61,7 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
     "missing key": (lambda t: t.pop("profile"), r"profile"),
     "unknown component": (lambda t: t["components"].update(head=t["components"]["unet"]), r"components\.head"),
     "unknown precision": (lambda t: t["components"]["unet"].update(precision="fp12"), r"components\.unet\.precision"),
-    "unknown backend": (lambda t: t["components"]["unet"].update(backend={"kind": "abacus"}), r"components\.unet\.backend"),
+    "unknown backend": (lambda t: t["components"]["unet"].update(backend={"kind": "abacus"}), r"unet\.backend"),
     "digest is no digest": (lambda t: t["files"]["unet/model.onnx"].update(sha256="00"), r"sha256"),
     "negative size": (lambda t: t["files"]["unet/model.onnx"].update(size_bytes=-1), r"size_bytes"),
     "impossible profile": (lambda t: t["profile"]["batch"].update(min=5, opt=1, max=1), r"profile"),
@@ -102,7 +102,9 @@ def test_every_truncation_is_refused(manifest: BundleManifest, tmp_path: Path) -
             read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 100_000, b"{" + b" " * (17 << 20) + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"3", b'"x"', b"\xff", b"[" * 100_000, b"{" + b" " * (17 << 20) + b"}"]
+)
 def test_what_is_no_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(ArtifactError):

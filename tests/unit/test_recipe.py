@@ -1,4 +1,4 @@
-"""Recipes: flag over file over default, what is unknown is named with the nearest, and what was saved reads the same."""
+"""Recipes: flag over file over default; the unknown is named with the nearest; what was saved reads the same."""
 
 from __future__ import annotations
 

@@ -13,14 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdopt.artifacts.safetensors_file import plan_layout, read_header
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.model.precision import DType
 from sdopt.networks.tensors import TORCH_DTYPES, read_tensor
 
-names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda n: n != "__metadata__")
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
+    lambda n: n != "__metadata__"
+)
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 contents = st.dictionaries(names, st.tuples(st.sampled_from(DType), shapes), max_size=6)
 
@@ -68,7 +70,11 @@ def test_the_layout_depends_on_the_content_alone(
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "é": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, 4)}
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "é": torch.ones(3, dtype=torch.bfloat16),
+        "none": torch.empty(0, 4),
+    }
     save_file(tensors, tmp_path / "x", metadata={"who": "test"})
     header = read_header(tmp_path / "x")
     assert header.metadata == {"who": "test"}
@@ -123,9 +129,8 @@ def test_the_library_refuses_the_same(name: str, tmp_path: Path) -> None:
     """It takes a duplicate key; anything else that only we refuse would be a checkpoint that users cannot convert."""
     header, data, _ = BAD[name]
     path = write(tmp_path / "x", header, data)
-    with pytest.raises((SafetensorError, OSError)), safe_open(path, "pt") as library:
-        for key in library.keys():  # noqa: SIM118 - no mapping
-            library.get_tensor(key)
+    with pytest.raises((SafetensorError, OSError)):
+        load_file(path)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])

@@ -19,8 +19,11 @@ def test_a_size_is_width_by_height(width: int, height: int) -> None:
     assert parse_size(f" {width}X{height} ") == (width, height)
 
 
-@pytest.mark.parametrize("text", ["", "512", "512x", "x512", "-512x512", "512x512x3", "1e3x5", "512,512", "0x512", "512x0",
-                                  "100000x8", "512 x 512", "512x512\n8"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "512", "512x", "x512", "-512x512", "512x512x3", "1e3x5", "512,512", "0x512", "512x0", "100000x8", "512 x 512",
+     "512x512\n8"],
+)  # fmt: skip
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ShapeError):
         parse_size(text)

@@ -32,8 +32,8 @@ def write(path: Path, tensors: Mapping[str, TensorRef], graph: DType = DType.FP3
 
 
 kinds = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64])
-tables = st.dictionaries(st.text("abcdef.", min_size=1, max_size=6), st.tuples(kinds, st.lists(st.integers(0, 6), max_size=3)),
-                         min_size=1, max_size=8)  # fmt: skip
+contents = st.tuples(kinds, st.lists(st.integers(0, 6), max_size=3))
+tables = st.dictionaries(st.text("abcdef.", min_size=1, max_size=6), contents, min_size=1, max_size=8)
 
 
 @given(tables, st.sampled_from([DType.FP32, DType.FP16]), st.integers(0, 2**32))

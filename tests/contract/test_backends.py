@@ -1,0 +1,253 @@
+"""What every backend must do, on the same bundle: the same numbers as torch, the same refusals, no aliasing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdopt.artifacts.bundle import bundle_extents
+from sdopt.artifacts.manifest import read_config, read_manifest
+from sdopt.backends.open import backend_for, open_session, probe_all, probe_backend
+from sdopt.backends.protocol import ComponentFiles, Session
+from sdopt.errors import BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
+from sdopt.export.parity import make_inputs
+from sdopt.model.component import ComponentName
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
+from sdopt.networks.tensors import TORCH_DTYPES
+
+# Relative L2 distance from torch fp32 that is rounding: fp32 by the order of sums, bf16 by its 8 bits in every layer.
+BACKENDS: dict[str, tuple[BackendSettings, float]] = {
+    "torch-fp32": (TorchSettings(), 0.0),
+    "torch-fp32-math": (TorchSettings(attention="math"), 1e-5),
+    "torch-bf16": (TorchSettings(precision=Precision.BF16), 0.1),
+    "onnxruntime": (OnnxRuntimeSettings(), 1e-5),
+    "onnxruntime-low-memory": (OnnxRuntimeSettings(low_memory=True), 1e-5),
+    "openvino-fp32": (OpenVINOSettings(), 1e-5),
+    "openvino-bf16": (OpenVINOSettings(inference_precision=Precision.BF16), 0.1),
+}
+
+# The networks are too small to share out, and tests run beside each other.
+torch.set_num_threads(1)
+
+COMPONENTS = (ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER, ComponentName.VAE_ENCODER)
+Tensors = dict[str, torch.Tensor]
+
+
+def component_of(folder: Path, name: ComponentName) -> ComponentFiles:
+    manifest = read_manifest(folder)
+    record = manifest.components[name]
+    return ComponentFiles(
+        folder / name, record.spec, read_config(folder, name), manifest.family, bundle_extents(folder, manifest)
+    )
+
+
+def inputs_of(component: ComponentFiles) -> Tensors:
+    return make_inputs(component.spec, component.config, component.extents)
+
+
+@pytest.fixture(scope="module")
+def expected(pristine_bundle: Path) -> dict[ComponentName, Tensors]:
+    """What torch fp32 gives for every component."""
+    outputs = {}
+    for name in COMPONENTS:
+        component = component_of(pristine_bundle, name)
+        with open_session(component, TorchSettings()) as session:
+            outputs[name] = session.run(inputs_of(component))
+    return outputs
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> tuple[BackendSettings, float]:
+    settings, tolerance = BACKENDS[request.param]
+    probe = probe_backend(settings)
+    if not probe.available:
+        pytest.skip(f"{probe.missing}: {probe.remedy}")
+    wanted = getattr(settings, "inference_precision", Precision.FP32)
+    if wanted not in probe.precisions:
+        pytest.skip(f"this processor has no {wanted} arithmetic for {settings.kind}")
+    return settings, tolerance
+
+
+@pytest.fixture(scope="module")
+def sessions(backend: tuple[BackendSettings, float], pristine_bundle: Path) -> Iterator[dict[ComponentName, Session]]:
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(open_session(component_of(pristine_bundle, name), backend[0]))
+            for name in COMPONENTS
+        }
+
+
+def distance(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((actual.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def test_the_probe_says_what_runs(backend: tuple[BackendSettings, float]) -> None:
+    probe = probe_backend(backend[0])
+    assert probe.available
+    assert probe.version[0].isdigit()
+    assert Precision.FP32 in probe.precisions
+    assert Precision.AUTO not in probe.precisions
+    assert backend[0].kind == probe.backend
+    assert probe in probe_all()
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_the_outputs_are_those_of_torch(
+    name: ComponentName, backend: tuple[BackendSettings, float], sessions: dict[ComponentName, Session],
+    expected: dict[ComponentName, Tensors], pristine_bundle: Path,
+) -> None:  # fmt: skip
+    component = component_of(pristine_bundle, name)
+    outputs = sessions[name].run(inputs_of(component))
+    assert list(outputs) == [spec.name for spec in component.spec.outputs]
+    for spec in component.spec.outputs:
+        output = outputs[spec.name]
+        assert output.shape == spec.shape(component.extents)
+        assert output.dtype is TORCH_DTYPES[spec.dtype]
+        assert output.device.type == "cpu"
+        assert output.isfinite().all()
+        assert distance(output, expected[name][spec.name]) <= backend[1], spec.name
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_the_same_inputs_give_the_same_outputs_and_stay_as_they_were(
+    name: ComponentName, sessions: dict[ComponentName, Session], pristine_bundle: Path
+) -> None:
+    inputs = inputs_of(component_of(pristine_bundle, name))
+    before = {key: value.clone() for key, value in inputs.items()}
+    first, second = sessions[name].run(inputs), sessions[name].run(inputs)
+    assert all(torch.equal(inputs[key], before[key]) for key in inputs)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_outputs_outlive_the_next_run_and_the_session(
+    name: ComponentName, backend: tuple[BackendSettings, float], pristine_bundle: Path
+) -> None:
+    component = component_of(pristine_bundle, name)
+    with open_session(component, backend[0]) as session:
+        inputs = inputs_of(component)
+        outputs = session.run(inputs)
+        kept = {key: value.clone() for key, value in outputs.items()}
+        others = {
+            key: (value + 1) % 100 if not value.is_floating_point() else value * -0.5 for key, value in inputs.items()
+        }
+        again = session.run(others)
+        assert any(not torch.equal(again[key], kept[key]) for key in kept)
+        for value in again.values():
+            value.mul_(0)  # what is returned is the caller's own
+    assert all(torch.equal(outputs[key], kept[key]) for key in kept)
+
+
+def test_inputs_need_not_be_contiguous(sessions: dict[ComponentName, Session], pristine_bundle: Path) -> None:
+    inputs = inputs_of(component_of(pristine_bundle, ComponentName.UNET))
+    strided = inputs | {"sample": inputs["sample"].to(memory_format=torch.channels_last)}
+    assert not strided["sample"].is_contiguous()
+    session = sessions[ComponentName.UNET]
+    difference = distance(session.run(strided)["out_sample"], session.run(inputs)["out_sample"])
+    assert difference <= 1e-2
+
+
+def test_the_inputs_are_used(sessions: dict[ComponentName, Session], pristine_bundle: Path) -> None:
+    """A graph whose timestep was folded into a constant would pass parity."""
+    inputs = inputs_of(component_of(pristine_bundle, ComponentName.UNET))
+    session = sessions[ComponentName.UNET]
+    reference = session.run(inputs)["out_sample"]
+    for name in inputs:
+        changed = session.run(inputs | {name: inputs[name] * 0.1})["out_sample"]
+        assert distance(changed, reference) > 1e-3, name
+
+
+WRONG = {
+    "missing input": lambda i: {key: value for key, value in i.items() if key != "timestep"},
+    "no input": lambda _: {},
+    "another name": lambda i: {"latent": i["sample"], **{key: i[key] for key in i if key != "sample"}},
+    "one too many": lambda i: i | {"extra": i["sample"]},
+    "another size": lambda i: i | {"sample": i["sample"][..., :-1]},
+    "another batch": lambda i: i | {"sample": i["sample"][:1], "encoder_hidden_states": i["encoder_hidden_states"][:1]},
+    "two batches": lambda i: i | {"sample": i["sample"].repeat(2, 1, 1, 1)},
+    "other channels": lambda i: i | {"sample": i["sample"][:, :3]},
+    "other tokens": lambda i: i | {"encoder_hidden_states": i["encoder_hidden_states"][:, :76]},
+    "other rank": lambda i: i | {"timestep": i["timestep"].reshape(1)},
+    "empty": lambda i: i | {"sample": i["sample"][:0]},
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_inputs_are_refused(
+    fault: str, sessions: dict[ComponentName, Session], pristine_bundle: Path
+) -> None:
+    inputs = inputs_of(component_of(pristine_bundle, ComponentName.UNET))
+    session = sessions[ComponentName.UNET]
+    with pytest.raises(ShapeError, match="unet"):
+        session.run(WRONG[fault](inputs))
+
+
+def test_memory_is_plausible(sessions: dict[ComponentName, Session], pristine_bundle: Path) -> None:
+    for name, session in sessions.items():
+        use = session.memory()
+        assert use.weights_bytes == (pristine_bundle / name / "weights.safetensors").stat().st_size
+        assert 0 < use.weights_bytes < use.process_bytes <= use.process_peak_bytes < 64e9
+
+
+def test_a_session_knows_what_it_runs(sessions: dict[ComponentName, Session], pristine_bundle: Path) -> None:
+    for name, session in sessions.items():
+        component = component_of(pristine_bundle, name)
+        assert session.spec == component.spec
+        assert dict(session.extents) == dict(component.extents)
+
+
+def test_a_closed_session_refuses(backend: tuple[BackendSettings, float], pristine_bundle: Path) -> None:
+    component = component_of(pristine_bundle, ComponentName.VAE_DECODER)
+    with open_session(component, backend[0]) as session:
+        session.run(inputs_of(component))
+    with pytest.raises(BackendError, match="closed"):
+        session.run(inputs_of(component))
+    session.close()  # twice is no error
+
+
+def test_a_session_closes_when_its_user_fails(backend: tuple[BackendSettings, float], pristine_bundle: Path) -> None:
+    component = component_of(pristine_bundle, ComponentName.VAE_DECODER)
+    with pytest.raises(ZeroDivisionError), open_session(component, backend[0]) as session:
+        raise ZeroDivisionError
+    with pytest.raises(BackendError, match="closed"):
+        session.run(inputs_of(component))
+
+
+@pytest.mark.parametrize("fault", ["noise", "empty", "missing", "half"])
+def test_what_a_backend_cannot_open_is_its_error(
+    fault: str, backend: tuple[BackendSettings, float], bundle: Path
+) -> None:
+    component = component_of(bundle, ComponentName.VAE_DECODER)
+    # torch runs the weights; the others read the graph first.
+    path = component.weights if isinstance(backend[0], TorchSettings) else component.graph
+    data = path.read_bytes()
+    path.unlink()
+    if fault != "missing":
+        path.write_bytes({"noise": bytes(range(256)) * 9, "empty": b"", "half": data[: len(data) // 2]}[fault])
+    with pytest.raises(SdoptError) as caught, backend_for(backend[0]).open(component) as session:
+        session.run(inputs_of(component))
+    assert isinstance(caught.value, BackendError | CheckpointError)
+    assert path.name in str(caught.value) or component.name in str(caught.value)
+
+
+def test_truncated_weights_are_an_error(backend: tuple[BackendSettings, float], bundle: Path) -> None:
+    component = component_of(bundle, ComponentName.VAE_DECODER)
+    with component.weights.open("r+b") as file:
+        file.truncate(component.weights.stat().st_size // 2)
+    with pytest.raises((BackendError, CheckpointError)), backend_for(backend[0]).open(component) as session:
+        session.run(inputs_of(component))
+
+
+def test_a_library_that_is_missing_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: BackendSettings) -> None:
+        raise MissingDependency.of("openvino", extra="cpu")
+
+    monkeypatch.setattr("sdopt.backends.open.backend_for", refuse)
+    probe = probe_backend(OpenVINOSettings())
+    assert not probe.available
+    assert "pip install" in probe.remedy
