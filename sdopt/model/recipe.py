@@ -44,7 +44,7 @@ class OpenVINOSettings(_Frozen):
 class OnnxRuntimeSettings(_Frozen):
     kind: Literal["onnxruntime"] = "onnxruntime"
     low_memory: bool = False
-    """Load with a third less memory, and run slower: for parity, where a graph runs once."""
+    """Load with a third less memory and without the optimiser: for parity, where a graph runs once."""
 
 
 class TorchSettings(_Frozen):

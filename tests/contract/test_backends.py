@@ -178,9 +178,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_wrong_inputs_are_refused(
-    fault: str, sessions: dict[ComponentName, Session], pristine_bundle: Path
-) -> None:
+def test_wrong_inputs_are_refused(fault: str, sessions: dict[ComponentName, Session], pristine_bundle: Path) -> None:
     inputs = inputs_of(component_of(pristine_bundle, ComponentName.UNET))
     session = sessions[ComponentName.UNET]
     with pytest.raises(ShapeError, match="unet"):
