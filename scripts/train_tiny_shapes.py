@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import (
     AutoencoderKL,
-    PNDMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -346,7 +346,7 @@ def build_networks() -> StableDiffusionPipeline:
         text_encoder=build_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         unet=build_unet(),
-        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

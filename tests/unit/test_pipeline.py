@@ -66,7 +66,7 @@ def of_profile(folder: Path, profile: ShapeProfile) -> Any:
 
 def test_is_the_diffusers_class_and_draws_what_torch_draws(pipe: Any, plain: Any) -> None:
     assert type(pipe) is diffusers.StableDiffusionPipeline
-    assert type(pipe.scheduler) is diffusers.PNDMScheduler
+    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
     np.testing.assert_allclose(draw(pipe, PROMPT), draw(plain, PROMPT), atol=1e-4)
 
 
@@ -102,8 +102,7 @@ def test_callbacks_see_and_change_the_latents(pipe: Any) -> None:
         return {"latents": tensors["latents"] * 0}
 
     drawn = draw(pipe, PROMPT, num_inference_steps=3, callback_on_step_end=on_step_end)
-    # PNDM takes one step more than it is asked for.
-    assert seen == [0, 1, 2, 3]
+    assert seen == [0, 1, 2]
     empty = pipe.vae.decode(torch.zeros(1, 4, 16, 16)).sample
     expected = (empty / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
@@ -216,7 +215,7 @@ def test_pictures_do_not_depend_on_their_neighbours(tmp_path: Path, pipe: Any) -
     assert len(batched.unet.session.runs) == 3 * 4
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    assert isinstance(batched.scheduler, diffusers.PNDMScheduler)
+    assert isinstance(batched.scheduler, diffusers.EulerDiscreteScheduler)
     for request, image in zip(requests, together, strict=True):
         alone = np.asarray(generate(pipe, request)).astype(int)
         assert np.abs(np.asarray(image) - alone).max() <= 1
@@ -225,7 +224,7 @@ def test_pictures_do_not_depend_on_their_neighbours(tmp_path: Path, pipe: Any) -
 def test_generate_refuses_what_cannot_be_drawn(pipe: Any, plain: Any) -> None:
     with pytest.raises(UsageError, match="smaller than `num_inference_steps`: 60"):
         generate(pipe, GenerateRequest(prompt="x", steps=60, scheduler="lcm"))
-    assert isinstance(pipe.scheduler, diffusers.PNDMScheduler)
+    assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     with pytest.raises(UsageError, match="cannot draw"):
         generate(pipe, GenerateRequest(prompt="x", steps=1, clip_skip=12))
     with pytest.raises(UsageError, match="not loaded from a bundle"):
