@@ -70,7 +70,7 @@ def main(folder: Path, steps: int) -> None:
         def draw(settings: BackendSettings, plant: Callable[[torch.nn.Module], None] | None = None) -> Any:
             with open_candidate(folder, manifest, settings) as pipeline:
                 if plant is not None:
-                    plant(pipeline.unet.session._run)
+                    plant(pipeline.unet.session.engine)
                 return draw_scene(pipeline, manifest, scene, lambda share: None)
 
         reference = draw(TorchSettings())

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import torch
 
-from sdopt.backends.memory import measure_memory
-from sdopt.backends.protocol import ComponentFiles, MemoryUse, Probe, check_inputs
+from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency
-from sdopt.model.component import ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import OnnxRuntimeSettings
-from sdopt.model.shape import Extent
 
 try:
     import onnxruntime
@@ -44,41 +40,12 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(component, session)
 
 
-class OnnxRuntimeSession:
-    def __init__(self, component: ComponentFiles, session: onnxruntime.InferenceSession) -> None:
-        self._component = component
-        self._session: onnxruntime.InferenceSession | None = session
-
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._component.spec
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._component.extents
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        check_inputs(self.spec, self.extents, inputs)
-        if self._session is None:
-            raise BackendError(f"the session of {self.spec.name} is closed")
+class OnnxRuntimeSession(EngineSession):
+    def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
         names = [tensor.name for tensor in self.spec.outputs]
         try:
-            outputs = self._session.run(names, feeds)
+            outputs = self.engine.run(names, feeds)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self.spec.name}: {error}") from error
         return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
-
-    def memory(self) -> MemoryUse:
-        return measure_memory(self._component.weights)
-
-    def close(self) -> None:
-        self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 
-from sdopt.backends.memory import measure_memory
-from sdopt.backends.protocol import ComponentFiles, MemoryUse, Probe, check_inputs
+from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
-from sdopt.model.component import ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import OpenVINOSettings
-from sdopt.model.shape import Extent
 
 try:
     import openvino
@@ -44,44 +40,15 @@ class OpenVINOBackend:
             )
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {component.graph}: {error}") from error
-        return OpenVINOSession(component, compiled)
+        return OpenVINOSession(component, compiled.create_infer_request())
 
 
-class OpenVINOSession:
-    def __init__(self, component: ComponentFiles, compiled: Any) -> None:
-        self._component = component
-        self._request: Any = compiled.create_infer_request()
-
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._component.spec
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._component.extents
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        check_inputs(self.spec, self.extents, inputs)
-        if self._request is None:
-            raise BackendError(f"the session of {self.spec.name} is closed")
+class OpenVINOSession(EngineSession):
+    def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
         try:
             # Outputs are copied: the request's own buffers are written again by the next run.
-            results = self._request.infer(feeds, share_inputs=True, share_outputs=False)
+            results = self.engine.infer(feeds, share_inputs=True, share_outputs=False)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.spec.name}: {error}") from error
         return {tensor.name: torch.from_numpy(results[tensor.name]) for tensor in self.spec.outputs}
-
-    def memory(self) -> MemoryUse:
-        return measure_memory(self._component.weights)
-
-    def close(self) -> None:
-        self._request = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

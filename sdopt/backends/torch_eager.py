@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdopt.artifacts.safetensors_file import read_header
-from sdopt.backends.memory import measure_memory
-from sdopt.backends.protocol import ComponentFiles, MemoryUse, Probe, check_inputs
-from sdopt.errors import BackendError
-from sdopt.model.component import ComponentSpec
+from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.session import EngineSession
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import TorchSettings
-from sdopt.model.shape import Extent
 from sdopt.networks.modules import build_network, default_dtype
 from sdopt.networks.tensors import TORCH_DTYPES, load_weights
 
@@ -41,24 +36,13 @@ class TorchBackend:
         return TorchSession(component, network, self._settings)
 
 
-class TorchSession:
+class TorchSession(EngineSession):
     def __init__(self, component: ComponentFiles, network: torch.nn.Module, settings: TorchSettings) -> None:
-        self._component, self._settings = component, settings
+        super().__init__(component, torch.compile(network, dynamic=False) if settings.compile else network)
+        self._settings = settings
         self._dtype = _COMPUTE[settings.precision]
-        self._run: Any = torch.compile(network, dynamic=False) if settings.compile else network
 
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._component.spec
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._component.extents
-
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        check_inputs(self.spec, self.extents, inputs)
-        if self._run is None:
-            raise BackendError(f"the session of {self.spec.name} is closed")
+    def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The timestep stays fp32, as in diffusers: bf16 cannot tell 997 from 999.
         arguments = [
             inputs[tensor.name].to(self._dtype)
@@ -67,7 +51,7 @@ class TorchSession:
             for tensor in self.spec.inputs
         ]
         with torch.inference_mode(), self._attention():
-            outputs = self._run(*arguments)
+            outputs = self.engine(*arguments)
         named = zip(self.spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         # A copy made out here is a plain tensor: inference tensors cannot be changed in place by who gets them.
         return {tensor.name: output.to(TORCH_DTYPES[tensor.dtype], copy=True) for tensor, output in named}
@@ -79,17 +63,3 @@ class TorchSession:
                 yield
         else:
             yield
-
-    def memory(self) -> MemoryUse:
-        return measure_memory(self._component.weights)
-
-    def close(self) -> None:
-        self._run = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

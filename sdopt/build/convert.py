@@ -94,8 +94,9 @@ def _make_weights_and_graphs(
     plan: BuildPlan, store: Store, staging: Staging, cache: Path
 ) -> dict[ComponentName, FileRecord]:
     """Trace in a child while this process copies the weights: one is bound by the processor, the other by the disk."""
-    with _children_ended_on_error(), ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(1) as background:
         tracing = background.submit(trace_missing, plan, store, cache)
+        # Inside: the pool waits for its thread when it is left, and the thread waits for the child.
         with _children_ended_on_error():
             weights = {name: _make_weights(plan, name, staging) for name in plan.components}
             tracing.result()
@@ -104,7 +105,7 @@ def _make_weights_and_graphs(
 
 @contextmanager
 def _children_ended_on_error() -> Iterator[None]:
-    """Ctrl-C or a failure here must not wait for a child that traces on for a minute."""
+    """Ctrl-C or a failure must not wait for a child that traces on for a minute."""
     try:
         yield
     except BaseException:

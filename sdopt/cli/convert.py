@@ -76,6 +76,9 @@ def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe {file} is no TOML: {error}") from error
         parse_recipe(values, where=str(file))
+    if flags.get("precision") is not None:
+        # The flag wins over all that the file says of precision, also over what it says of one component.
+        values.pop("component_precision", None)
     values |= {key: value for key, value in flags.items() if value is not None}
     if no_verify:
         values["verify"] = {**values.get("verify", {}), "enabled": False}

@@ -40,22 +40,20 @@ def _folds(node: ir.Node) -> bool | None:
     return None
 
 
+_FOLD_CONSTANTS = FoldConstantsPass(
+    shape_inference=True,
+    input_size_limit=_FOLD_LIMIT_ELEMENTS,
+    output_size_limit=_FOLD_LIMIT_ELEMENTS,
+    should_fold=_folds,
+)
+
+# Folding runs twice: the rewrites leave new constants behind.
 PASSES: tuple[ir.passes.PassBase, ...] = (
     common.InlinePass(),
-    FoldConstantsPass(
-        shape_inference=True,
-        input_size_limit=_FOLD_LIMIT_ELEMENTS,
-        output_size_limit=_FOLD_LIMIT_ELEMENTS,
-        should_fold=_folds,
-    ),
+    _FOLD_CONSTANTS,
     RewritePass(_REWRITE_RULES),
     common.RemoveUnusedNodesPass(),
-    FoldConstantsPass(
-        shape_inference=True,
-        input_size_limit=_FOLD_LIMIT_ELEMENTS,
-        output_size_limit=_FOLD_LIMIT_ELEMENTS,
-        should_fold=_folds,
-    ),
+    _FOLD_CONSTANTS,
     common.IdentityEliminationPass(),
     common.CommonSubexpressionEliminationPass(),
     common.RemoveUnusedNodesPass(),

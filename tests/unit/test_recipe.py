@@ -68,6 +68,15 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
     assert merge(file, source="flag").source == "flag"
 
 
+def test_the_precision_flag_wins_over_all_that_the_file_says_of_precision(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('source = "m"\nprecision = "bf16"\n[component_precision]\nvae_decoder = "bf16"\n', encoding="utf-8")
+    kept = merge_recipe(file, {"batch": 2}, no_verify=False)
+    assert kept.precision_of(ComponentName.VAE_DECODER) is Precision.BF16
+    flagged = merge_recipe(file, {"precision": "fp32"}, no_verify=False)
+    assert {flagged.precision_of(name) for name in ComponentName} == {Precision.FP32}
+
+
 def test_no_verify_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     file.write_text("[verify]\nsteps = 4\n")

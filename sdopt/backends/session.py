@@ -1,0 +1,58 @@
+"""What the sessions of all runtimes share: checked inputs, a closed state, memory. Each adds how its engine is run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+
+from sdopt.backends.protocol import ComponentFiles, MemoryUse, check_inputs
+from sdopt.errors import BackendError
+from sdopt.isolation import peak_rss_bytes
+from sdopt.model.component import ComponentSpec
+from sdopt.model.shape import Extent
+
+
+class EngineSession(ABC):
+    """A `Session` over one open `engine`, which is whatever the runtime calls with inputs; None once closed."""
+
+    def __init__(self, component: ComponentFiles, engine: Any) -> None:
+        self._component = component
+        self.engine: Any = engine
+
+    @property
+    def spec(self) -> ComponentSpec:
+        return self._component.spec
+
+    @property
+    def extents(self) -> Mapping[str, Extent]:
+        return self._component.extents
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        check_inputs(self.spec, self.extents, inputs)
+        if self.engine is None:
+            raise BackendError(f"the session of {self.spec.name} is closed")
+        return self._compute(inputs)
+
+    @abstractmethod
+    def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the open engine on checked inputs; the outputs are the caller's own."""
+
+    def memory(self) -> MemoryUse:
+        resident_bytes = psutil.Process().memory_info().rss
+        return MemoryUse(self._component.weights.stat().st_size, resident_bytes, peak_rss_bytes())
+
+    def close(self) -> None:
+        self.engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
