@@ -69,7 +69,7 @@ def pipeline_class_name(family: Family, inpainting: bool) -> str:
     """diffusers' pipeline class for a family."""
     match family:
         case Family.SDXL_REFINER:
-            return "StableDiffusionXLImg2ImgPipeline"
+            return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLImg2ImgPipeline"
         case Family.SDXL:
             return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
         case Family.SD1 | Family.SD2:

@@ -134,11 +134,11 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
 
 def _pipeline_class(manifest: BundleManifest) -> Any:
     match manifest.family, manifest.inpainting:
-        case Family.SDXL_REFINER, _:
+        case Family.SDXL_REFINER, False:
             return diffusers.StableDiffusionXLImg2ImgPipeline
         case Family.SDXL, False:
             kind = diffusers.StableDiffusionXLPipeline
-        case Family.SDXL, True:
+        case Family.SDXL | Family.SDXL_REFINER, True:
             kind = diffusers.StableDiffusionXLInpaintPipeline
         case _, False:
             kind = diffusers.StableDiffusionPipeline

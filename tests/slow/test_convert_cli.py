@@ -37,6 +37,11 @@ prompts = ["a large red circle on a blue background"]
 SCRIPT = Path(sys.executable).parent / "sdopt"
 
 
+def _hear_interrupts() -> None:
+    """A shell starts what runs in its background deaf to Ctrl-C, and a test run may be such."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Cli:
     """`sdopt` with a store of its own and a recipe file for `convert`."""
@@ -51,7 +56,7 @@ class Cli:
     def start(self, *words: str, wrapper: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [*wrapper, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            env={**os.environ, "SDOPT_CACHE": str(self.cache)},
+            env={**os.environ, "SDOPT_CACHE": str(self.cache)}, preexec_fn=_hear_interrupts,
         )  # fmt: skip
         self.started.append(process)
         return process
