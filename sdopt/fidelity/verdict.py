@@ -8,10 +8,10 @@ alone does to the pictures.
 checkpoint:
 
 * `LIMITS` holds one pair for each precision. On tiny-shapes (10 steps of DDIM, four prompts) fp32 in OpenVINO
-  and ONNX Runtime reaches 89 dB or better, as does torch with another kernel; bf16 reaches 50.6 dB in torch
-  and 53.2 dB in OpenVINO. Planted faults: all UNet weights 5 % too large 26.6 dB, 1 % too large 41.4 dB;
-  attention scale 41 % too large 36.5 dB, 5 % too large 54.3 dB. So a fault as small as bf16's own rounding is
-  for the parity of components to find.
+  and ONNX Runtime reaches 89 dB, as does torch with another kernel; bf16 reaches 52.8 dB in torch and 50.6 dB
+  in OpenVINO. Planted faults: all UNet weights 5 % too large 25.6 dB, 1 % too large 41.1 dB; attention scale
+  41 % too large 32.5 dB, 5 % too large 50.3 dB. So a fault as small as bf16's own rounding is for the parity of
+  components to find. (`benchmarks/fidelity_calibration.py` measures these again.)
 * Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to
   itself: the limit is never above the noise floor with twice its root-mean-square error (6 dB).
 * bf16 and fp16 that miss their limit get a second hearing: torch draws the scene in bf16, too, and the
