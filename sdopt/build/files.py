@@ -79,6 +79,9 @@ def pipeline_class_name(family: Family, inpainting: bool) -> str:
 def make_card(manifest: BundleManifest) -> str:
     """The bundle's README: what, from what, for what, how faithful, under which licence."""
     licence = manifest.source.licence
+    # A card is published with its bundle: it names the file, not the folders of whoever built it.
+    local = manifest.source.kind != "huggingface"
+    origin = Path(manifest.source.location).name if local else manifest.source.location
     profile = manifest.profile
     lines = [
         "---",
@@ -89,7 +92,7 @@ def make_card(manifest: BundleManifest) -> str:
         "",
         f"# {manifest.name}",
         "",
-        f"A bundle of engines that sdopt {__version__} made from `{manifest.source.location}` "
+        f"A bundle of engines that sdopt {__version__} made from `{origin}` "
         f"({manifest.family}, {manifest.prediction}{', inpainting' if manifest.inpainting else ''}).",
         "",
         f"- size: {profile.width_px.opt}x{profile.height_px.opt} px, batch {profile.batch.opt}",
