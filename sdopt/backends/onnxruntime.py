@@ -30,7 +30,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         if self._settings.low_memory:
             # The arena keeps what one run needed at its peak. Without the optimiser, weights stay mapped in their 16
-            # bits and are widened one at a time: SD1.5's UNet runs once in 3.8 GB instead of 5.5.
+            # bits and are widened one at a time, where it would keep a copy of all of them in fp32.
             options.enable_cpu_mem_arena = False
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

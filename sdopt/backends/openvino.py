@@ -67,8 +67,8 @@ def _compile(graph: Path, precision: Precision) -> _Engine:
     model = core.read_model(graph)
     sines = None
     if precision is Precision.BF16 and _find_sines(model):
-        # bf16 has 8 bits: it rounds the angle of a time embedding, up to 999 radians, to whole radians and more. On
-        # SD1.5's UNet that alone made 14 % of error at step 601, against 2 % of bf16 in torch, which keeps it in fp32.
+        # bf16 has 8 bits: it rounds the angle of a time embedding, up to 999 radians, to whole radians and more. torch
+        # keeps it in fp32. tests/unit/test_openvino_bf16.py shows what it does to the embedding.
         apart = core.read_model(graph)
         sines = _cut_sines_out(apart)
         _replace_sines(model)

@@ -14,7 +14,7 @@ from sdopt.build.resolve import BuildPlan, ComponentPlan
 from sdopt.build.staging import Staging
 from sdopt.model.component import ComponentName
 
-# Measured on two cores by benchmarks/convert_budget.py, rounded: an estimate, good to a factor of two.
+# Rough rates of two cores, to tell seconds from minutes; benchmarks/export_budget.py measures real builds.
 _COPY_BYTES_PER_S = 250e6
 _TRACE_FIXED_S, _TRACE_S_PER_TENSOR = 2.0, 0.012
 _TRACE_BYTES = 600_000_000
