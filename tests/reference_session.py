@@ -162,6 +162,7 @@ def _manifest(
         source=SourceRecord(kind="diffusers", location="tiny", digest="ab" * 32),
         recipe=BuildRecipe(),
         profile=profile,
+        profiles=(profile,),
         dialect=Dialect.NATIVE_ATTENTION,
         components={
             name: ComponentRecord(

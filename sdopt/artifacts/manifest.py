@@ -20,7 +20,7 @@ from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 _LIMIT_BYTES = 16 << 20
 
@@ -70,9 +70,58 @@ class GraphAudit(_Record):
     attention_layers: int
 
 
+class PlanAudit(_Record):
+    """What was found in a plan, beside what was asked for. Layers are named by the nodes of the graph."""
+
+    attention_layers: int
+    """Of torch."""
+    attention_native: int
+    """TensorRT's own attention layers in the network that the parser made."""
+    attention_fused: bool
+    """No attention layer could be decomposed: the builder had a dedicated kernel for each, or it would have failed."""
+    fused_kernels: int | None = None
+    """Attention kernels that the inspector shows; null where no GPU could load the plan."""
+    compute_layers: dict[str, int]
+    """Convolutions, matrix products, attention and normalisations, counted by kind and precision."""
+    other_precision: tuple[str, ...]
+    """Those of them that do not compute in the precision that was asked for."""
+    plan_bytes: int
+    weights_bytes: int
+    """Of the tensors that the graph uses, in the types that the graph computes in."""
+    zero_share: float
+    """Share of the plan's bytes that are zero; a plan that lost weights is full of them."""
+    weights_zero_share: float
+
+
+class PlanRecord(_Record):
+    """One engine file, and what a machine must have to run it."""
+
+    file: str
+    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    version: str
+    """Of the library that built it: TensorRT takes plans of no other."""
+    generation: str
+    """`sm89`, or `ampere+` for a portable plan."""
+    system: str
+    """Operating system and architecture, as in `Linux x86_64`."""
+    profile: int
+    """Index into the bundle's `profiles`."""
+    prompt_chunks: tuple[int, ...] = (1,)
+    """Prompt lengths in chunks of 77 tokens, in the order of the plan's optimisation profiles."""
+    weight_streaming: bool = False
+    rung: str
+    """How the build fitted into memory: see `sdopt.build.plans.RUNGS`."""
+    build_s: float
+    build_peak_bytes: int
+    """Peak resident memory of the process that built it."""
+    audit: PlanAudit
+
+
 class ComponentRecord(_Record):
     spec: ComponentSpec
     precision: Precision
+    precision_reason: str = ""
+    """Why this precision was chosen, where sdopt chose it."""
     backend: BackendSettings
     architecture: str
     """Digest of config, shapes, graph type and dialect: the graph is the same where this is the same."""
@@ -80,10 +129,13 @@ class ComponentRecord(_Record):
     """Digest of the source files' names, sizes and times, and of the storage types: tells whether to copy again."""
     audit: GraphAudit
     parity: ParityRecord | None = None
+    plans: tuple[PlanRecord, ...] = ()
 
 
 class Verdict(StrEnum):
     PASS = "pass"  # noqa: S105 - a verdict, no password
+    GRAPHS_PASS = "graphs pass"  # noqa: S105
+    """The graphs draw the picture, on another runtime: the plans made of them have not run on a GPU yet."""
     FAIL = "fail"
     NOT_VERIFIED = "not verified"
 
@@ -125,7 +177,7 @@ class EnvironmentRecord(_Record):
 
 
 class BundleManifest(_Record):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     created_utc: str
     family: Family
@@ -134,6 +186,8 @@ class BundleManifest(_Record):
     source: SourceRecord
     recipe: BuildRecipe
     profile: ShapeProfile
+    """The smallest that contains all of `profiles`; its usual sizes are those of the first."""
+    profiles: tuple[ShapeProfile, ...] = Field(min_length=1)
     dialect: Dialect
     components: dict[ComponentName, ComponentRecord]
     files: dict[str, FileRecord]
@@ -167,6 +221,8 @@ def read_manifest(folder: Path) -> BundleManifest:
             f"{path} has schema {version}, and this sdopt reads up to {SCHEMA_VERSION}",
             hint="pip install --upgrade sdopt",
         )
+    if version == 1:
+        values = _migrate_1(values)
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -179,6 +235,12 @@ def read_manifest(folder: Path) -> BundleManifest:
     for relative in manifest.files:
         resolve_inside(folder, relative)
     return manifest
+
+
+def _migrate_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 knew one profile and no plans."""
+    profiles = [values["profile"]] if "profile" in values else []
+    return {**values, "schema_version": 2, "profiles": profiles}
 
 
 def write_manifest(folder: Path, manifest: BundleManifest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdopt.backends.protocol import Backend, ComponentFiles, Probe, Session
 from sdopt.errors import MissingDependency
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
+from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 
 
 def backend_for(settings: BackendSettings) -> Backend:
@@ -19,6 +19,10 @@ def backend_for(settings: BackendSettings) -> Backend:
             from sdopt.backends.onnxruntime import OnnxRuntimeBackend
 
             return OnnxRuntimeBackend(settings)
+        case TensorRTSettings():
+            from sdopt.backends.tensorrt.backend import TensorRTBackend
+
+            return TensorRTBackend(settings)
         case TorchSettings():
             from sdopt.backends.torch_eager import TorchBackend
 
@@ -39,7 +43,12 @@ def probe_backend(settings: BackendSettings) -> Probe:
 
 
 def probe_all() -> tuple[Probe, ...]:
-    return tuple(probe_backend(settings) for settings in (TorchSettings(), OnnxRuntimeSettings(), OpenVINOSettings()))
+    """Every runtime that there is a target for, and torch, which is measured against."""
+    every: tuple[BackendSettings, ...] = (
+        TorchSettings(), OnnxRuntimeSettings(), OpenVINOSettings(), OnnxRuntimeSettings(device="cuda"),
+        TensorRTSettings(kind="tensorrt-rtx"), TensorRTSettings(kind="tensorrt"),
+    )  # fmt: skip
+    return tuple(probe_backend(settings) for settings in every)
 
 
 def fastest_cpu_settings(precision: Precision) -> BackendSettings:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from sdopt.artifacts.manifest import PlanRecord
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
@@ -38,6 +39,7 @@ class ComponentFiles:
     """One component of a bundle, as a backend opens it.
 
     `folder` holds `model.onnx`, `weights.safetensors` and `config.json`; `extents` are the sizes of the named axes.
+    `plans` are the engine files beside them, by `PlanRecord.file` relative to the bundle.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class ComponentFiles:
     config: Config
     family: Family
     extents: Mapping[str, Extent]
+    plans: tuple[PlanRecord, ...] = ()
 
     @property
     def name(self) -> ComponentName:

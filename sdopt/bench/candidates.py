@@ -13,7 +13,7 @@ from sdopt.errors import UsageError
 from sdopt.fidelity.verdict import least_precision
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
+from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 
 ENGINES = "engines"
 
@@ -90,7 +90,9 @@ def _label_runtime(settings: BackendSettings) -> str:
         case OpenVINOSettings():
             return "OpenVINO"
         case OnnxRuntimeSettings():
-            return "ONNX Runtime"
+            return "ONNX Runtime CUDA" if settings.device == "cuda" else "ONNX Runtime"
+        case TensorRTSettings():
+            return "TensorRT-RTX" if settings.kind == "tensorrt-rtx" else "TensorRT"
         case TorchSettings():
             return "torch.compile" if settings.compile else "torch eager"
 

@@ -148,6 +148,7 @@ def _draft_manifest(
         source=checkpoint.source.model_copy(update={"digest": digest}),
         recipe=plan.recipe,
         profile=plan.profile,
+        profiles=plan.profiles,
         dialect=plan.recipe.dialect,
         components=components,
         files={},

@@ -65,7 +65,7 @@ def _describe_job(plan: BuildPlan, name: ComponentName) -> TraceJob:
     layout = storage_layout(part.tensors, part.graph_dtype)
     return TraceJob(
         part.architecture, part.spec, dict(part.config), dict(plan.extents), layout, part.graph_dtype,
-        plan.recipe.dialect, plan.recipe.dynamic,
+        plan.recipe.dialect, plan.dynamic,
     )  # fmt: skip
 
 

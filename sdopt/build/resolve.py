@@ -20,12 +20,14 @@ from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import (
     BackendSettings,
     BuildRecipe,
+    Dialect,
     OnnxRuntimeSettings,
     OpenVINOSettings,
-    Target,
+    TensorRTSettings,
     TorchSettings,
 )
-from sdopt.model.shape import Extent, ShapeProfile, parse_size
+from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
+from sdopt.model.target import Runtime, Target
 
 _DYNAMIC_SIDE_PX = (256, 1024)
 _DYNAMIC_BATCH = 4
@@ -58,7 +60,7 @@ class ComponentPlan:
 
     @property
     def graph_dtype(self) -> DType:
-        return self.precision.graph_dtype
+        return graph_dtype(self.precision, self.backend)
 
     @property
     def weights_bytes(self) -> int:
@@ -71,64 +73,94 @@ class BuildPlan:
     checkpoint: Checkpoint
     recipe: BuildRecipe
     profile: ShapeProfile
+    profiles: tuple[ShapeProfile, ...]
     extents: Mapping[str, Extent]
     components: Mapping[ComponentName, ComponentPlan]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the graphs have symbolic axes: for several sizes, a range, or several prompt lengths."""
+        return self.recipe.dynamic or not self.profile.is_static
 
 
 def resolve_build(checkpoint: Checkpoint, recipe: BuildRecipe) -> BuildPlan:
     """Decide sizes, precisions and runtimes. Raises `ShapeError` and `RecipeError` for what cannot be had."""
     vae = checkpoint.components[ComponentName.VAE_DECODER].config
     unet = checkpoint.components[ComponentName.UNET].config
-    profile = _resolve_profile(recipe, unet, vae, checkpoint.family)
-    profile.check_against(vae_factor(vae) * unet_factor(unet))
+    profiles = _resolve_profiles(recipe, unet, vae, checkpoint.family)
+    for each in profiles:
+        each.check_against(vae_factor(vae) * unet_factor(unet))
+    profile = ShapeProfile.covering(profiles)
     extents = profile.axis_extents(vae_factor(vae))
     names = [name for name in ComponentName if name in checkpoint.components]
-    components = {name: _resolve_component(name, checkpoint, recipe, extents) for name in names}
-    return BuildPlan(checkpoint, recipe, profile, extents, components)
+    dynamic = recipe.dynamic or not profile.is_static
+    components = {name: _resolve_component(name, checkpoint, recipe, extents, dynamic) for name in names}
+    return BuildPlan(checkpoint, recipe, profile, profiles, extents, components)
 
 
-def _resolve_profile(recipe: BuildRecipe, unet: Config, vae: Config, family: Family) -> ShapeProfile:
-    if recipe.size:
-        width_px, height_px = parse_size(recipe.size)
-    else:
-        side = unet.get("sample_size")
-        sides = side if isinstance(side, list | tuple) else (side, side)
-        # A UNet's config counts in latent elements; old ones leave it out.
-        height_px, width_px = (int(s) * vae_factor(vae) if s else family.native_size_px for s in sides)
+def _resolve_profiles(recipe: BuildRecipe, unet: Config, vae: Config, family: Family) -> tuple[ShapeProfile, ...]:
+    side = unet.get("sample_size")
+    sides = side if isinstance(side, list | tuple) else (side, side)
+    # A UNet's config counts in latent elements; old ones leave it out.
+    height_px, width_px = (int(s) * vae_factor(vae) if s else family.native_size_px for s in sides)
+    sizes = parse_sizes(recipe.size or f"{width_px}x{height_px}", (width_px, height_px))
+    tokens = Extent(CHUNK_TOKENS, CHUNK_TOKENS, recipe.tokens)
     if not recipe.dynamic:
-        return ShapeProfile.static(height_px=height_px, width_px=width_px, batch=recipe.batch, tokens=recipe.tokens)
+        batch = Extent.static(recipe.batch)
+        return tuple(ShapeProfile(batch, height, width, tokens) for width, height in sizes)
     low, high = _DYNAMIC_SIDE_PX
 
-    def span(side_px: int) -> Extent:
-        return Extent(min(low, side_px), side_px, max(high, side_px))
+    def span(side_px: Extent) -> Extent:
+        return Extent(min(low, side_px.min), side_px.opt, max(high, side_px.max))
 
     batch = Extent(1, recipe.batch, max(_DYNAMIC_BATCH, recipe.batch))
-    return ShapeProfile(batch, span(height_px), span(width_px), Extent.static(recipe.tokens))
+    return tuple(ShapeProfile(batch, span(height), span(width), tokens) for width, height in sizes[:1])
 
 
 def _resolve_component(
-    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent]
+    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent], dynamic: bool
 ) -> ComponentPlan:
     source = checkpoint.components[name]
     backend = _resolve_backend(recipe.target, recipe.precision_of(name))
     precision = _precision_of(backend, recipe.precision_of(name))
-    spec = describe_component(name, source.config, checkpoint.family, precision.graph_dtype)
-    architecture = _architecture_key(source.config, spec, extents, source.tensors, precision, recipe)
-    weights_key = digest_of([_tensor_identity(name, ref, precision) for name, ref in sorted(source.tensors.items())])
+    dtype = graph_dtype(precision, backend)
+    spec = describe_component(name, source.config, checkpoint.family, dtype)
+    architecture = _architecture_key(source.config, spec, extents, source.tensors, dtype, recipe.dialect, dynamic)
+    weights_key = digest_of([_tensor_identity(name, ref, dtype) for name, ref in sorted(source.tensors.items())])
     return ComponentPlan(spec, source.config, source.tensors, precision, backend, architecture, weights_key)
 
 
+def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
+    """Float type of a graph's activations.
+
+    TensorRT takes its precision from the graph. CPU runtimes compute in bf16 on an fp32 graph, by a hint: none of them
+    takes a graph that is typed bf16.
+    """
+    match precision, backend:
+        case Precision.FP16, _:
+            return DType.FP16
+        case Precision.BF16, TensorRTSettings():
+            return DType.BF16
+    return DType.FP32
+
+
 def _resolve_backend(target: Target, precision: Precision) -> BackendSettings:
-    match target:
-        case Target.CPU if precision in (Precision.AUTO, Precision.FP32):
+    match target.runtime:
+        case Runtime.CPU if precision in (Precision.AUTO, Precision.FP32):
             return fastest_cpu_settings(precision)
         # bf16 that was asked for by name is never fp32 in silence: `require_backends` refuses it where it is missing.
-        case Target.CPU | Target.OPENVINO if precision is not Precision.FP16:
+        case Runtime.CPU | Runtime.OPENVINO if precision is not Precision.FP16:
             wanted = Precision.BF16 if precision is Precision.BF16 else Precision.FP32
             return OpenVINOSettings(inference_precision=wanted)
-        case Target.ONNXRUNTIME if precision is not Precision.BF16:
+        case Runtime.ONNXRUNTIME if precision is not Precision.BF16:
             return OnnxRuntimeSettings()
-    known = "fp32 or fp16" if target is Target.ONNXRUNTIME else "fp32 or bf16"
+        case Runtime.CUDA if precision is not Precision.BF16:
+            return OnnxRuntimeSettings(device="cuda")
+        case Runtime.RTX:
+            return TensorRTSettings(kind="tensorrt-rtx")
+        case Runtime.TENSORRT:
+            return TensorRTSettings(kind="tensorrt")
+    known = "fp32 or fp16" if target.runtime in (Runtime.ONNXRUNTIME, Runtime.CUDA) else "fp32 or bf16"
     raise RecipeError(f"the target {target} does not compute in {precision}", hint=f"it takes --precision {known}")
 
 
@@ -136,6 +168,10 @@ def _precision_of(backend: BackendSettings, asked: Precision) -> Precision:
     match backend:
         case OpenVINOSettings():
             return backend.inference_precision
+        case TensorRTSettings():
+            return Precision.FP16 if asked is Precision.AUTO else asked
+        case OnnxRuntimeSettings(device="cuda"):
+            return Precision.FP16 if asked is Precision.AUTO else asked
         case OnnxRuntimeSettings() | TorchSettings():
             return Precision.FP16 if asked is Precision.FP16 else Precision.FP32
 
@@ -155,30 +191,30 @@ def require_backends(plan: BuildPlan) -> None:
 
 def _architecture_key(
     config: Config, spec: ComponentSpec, extents: Mapping[str, Extent], tensors: Mapping[str, TensorRef],
-    precision: Precision, recipe: BuildRecipe,
+    dtype: DType, dialect: Dialect, dynamic: bool,
 ) -> str:  # fmt: skip
-    layout = storage_layout(tensors, precision.graph_dtype)
+    layout = storage_layout(tensors, dtype)
     return digest_of(
         {
             "format": _GRAPH_FORMAT,
             "config": {key: value for key, value in sorted(config.items()) if key not in _NO_ARCHITECTURE},
             "spec": dataclasses.asdict(spec),
-            "extents": {name: dataclasses.astuple(extent) for name, extent in extents.items()},
+            "extents": {axis: dataclasses.astuple(extents[axis]) for axis in spec.named_axes},
             # Byte offsets are part of the graph, and follow from these.
-            "layout": {name: [dtype, list(shape)] for name, (dtype, shape) in layout.items()},
-            "dialect": recipe.dialect,
-            "dynamic": recipe.dynamic,
+            "layout": {name: [kind, list(shape)] for name, (kind, shape) in layout.items()},
+            "dialect": dialect,
+            "dynamic": dynamic,
             "tracers": {name: version(name) for name in _TRACERS},
         }
     )
 
 
-def _tensor_identity(name: str, ref: TensorRef, precision: Precision) -> list[Any]:
+def _tensor_identity(name: str, ref: TensorRef, graph: DType) -> list[Any]:
     """What a weight's bytes depend on, without reading them: the file as the disk knows it, the place, the type."""
     state = ref.file.stat()
     return [
         name, str(ref.file), state.st_size, state.st_mtime_ns, ref.offset_bytes, ref.dtype, list(ref.shape),
-        ref.transposed, precision.graph_dtype,
+        ref.transposed, graph,
     ]  # fmt: skip
 
 

@@ -63,6 +63,12 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     tolerance: Tolerance
 
+    @property
+    def named_axes(self) -> tuple[str, ...]:
+        """The axes whose sizes a profile decides, each once."""
+        axes = (axis for tensor in (*self.inputs, *self.outputs) for axis in tensor.axes if isinstance(axis, str))
+        return tuple(dict.fromkeys(axes))
+
     def input(self, name: str) -> TensorSpec:
         return next(spec for spec in self.inputs if spec.name == name)
 
@@ -127,7 +133,7 @@ def _describe_unet(config: Config, family: Family, dtype: DType) -> ComponentSpe
     inputs = [
         TensorSpec("sample", dtype, ("cfg_batch", int(config["in_channels"]), *latent)),
         TensorSpec("timestep", DType.FP32, ()),
-        TensorSpec("encoder_hidden_states", dtype, ("cfg_batch", "tokens", cross_attention_width(config))),
+        TensorSpec("encoder_hidden_states", dtype, ("cfg_batch", "prompt_tokens", cross_attention_width(config))),
     ]
     if config.get("addition_embed_type") == "text_time":
         ids, pooled = time_ids_layout(config, family)

@@ -41,11 +41,3 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
-
-    @property
-    def graph_dtype(self) -> DType:
-        """Float type of the ONNX graph's activations.
-
-        bf16 runs on an fp32 graph with a hint to the runtime: no CPU runtime takes a graph typed bf16.
-        """
-        return DType.FP16 if self is Precision.FP16 else DType.FP32

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sdopt.errors import RecipeError, ShapeError
+from sdopt.errors import RecipeError, SdoptError, ShapeError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
 from sdopt.model.precision import Precision
-from sdopt.model.shape import parse_size
-
-
-class Target(StrEnum):
-    """Where the engines will run. `CPU` takes the fastest runtime that this machine has."""
-
-    CPU = "cpu"
-    OPENVINO = "openvino"
-    ONNXRUNTIME = "onnxruntime"
+from sdopt.model.shape import parse_sizes
+from sdopt.model.target import Runtime, Target, TargetField
 
 
 class Dialect(StrEnum):
@@ -43,20 +37,32 @@ class OpenVINOSettings(_Frozen):
 
 class OnnxRuntimeSettings(_Frozen):
     kind: Literal["onnxruntime"] = "onnxruntime"
+    device: Literal["cpu", "cuda"] = "cpu"
     low_memory: bool = False
     """Load with a third less memory and without the optimiser: for parity, where a graph runs once."""
+
+
+class TensorRTSettings(_Frozen):
+    """Plans of TensorRT-RTX or of general TensorRT: one Python API, one code path."""
+
+    kind: Literal["tensorrt-rtx", "tensorrt"]
+    cuda_graphs: bool = True
+    """Capture each engine's run once and replay it; for engines of one static shape."""
 
 
 class TorchSettings(_Frozen):
     """The baseline: torch eager, or compiled, on the bundle's own weights."""
 
     kind: Literal["torch"] = "torch"
-    precision: Literal[Precision.FP32, Precision.BF16] = Precision.FP32
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal[Precision.FP32, Precision.BF16, Precision.FP16] = Precision.FP32
     compile: bool = False
     attention: Literal["sdpa", "math"] = "sdpa"
 
 
-BackendSettings = Annotated[OpenVINOSettings | OnnxRuntimeSettings | TorchSettings, Field(discriminator="kind")]
+BackendSettings = Annotated[
+    OpenVINOSettings | OnnxRuntimeSettings | TensorRTSettings | TorchSettings, Field(discriminator="kind")
+]
 
 
 class VerifySettings(_Frozen):
@@ -76,19 +82,24 @@ class BuildRecipe(_Frozen):
     """Everything that decides what `sdopt convert` makes. `source` is a path or a Hugging Face id."""
 
     source: str = ""
-    target: Target = Target.CPU
+    target: TargetField = Target(Runtime.CPU)
     precision: Precision = Precision.AUTO
     component_precision: dict[ComponentName, Precision] = Field(default_factory=dict)
     size: str = ""
-    """WIDTHxHEIGHT in pixels; empty takes the model's own size."""
+    """WIDTHxHEIGHT in pixels, several with commas, a range with `..`; empty takes the model's own size."""
     batch: int = 1
-    tokens: Literal[77] = 77
+    tokens: Literal[77, 154, 231] = 77
+    """The longest prompt, in tokens of its text encoders; every multiple of 77 up to it can be drawn."""
     dynamic: bool = False
     dialect: Dialect = Dialect.NATIVE_ATTENTION
     vae: str = ""
     """Another VAE than the checkpoint's: a diffusers VAE folder or a single file."""
     prediction: Prediction | None = None
     """Overrides what the checkpoint says of its UNet; a single file often says nothing."""
+    require_fused: bool = False
+    """Refuse an engine in which attention is not one native layer with a dedicated kernel for each of torch's."""
+    max_memory: str = ""
+    """Most memory of the host that building engines may take, as in `12GiB`; empty sets no limit."""
     verify: VerifySettings = VerifySettings()
 
     @field_validator("batch")
@@ -102,13 +113,33 @@ class BuildRecipe(_Frozen):
     def _size(self) -> BuildRecipe:
         if self.size:
             try:
-                parse_size(self.size)
+                parse_sizes(self.size, (1, 1))
             except ShapeError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(error.message) from error
         return self
+
+    @field_validator("max_memory")
+    @classmethod
+    def _max_memory(cls, text: str) -> str:
+        if text:
+            parse_bytes(text)
+        return text
 
     def precision_of(self, name: ComponentName) -> Precision:
         return self.component_precision.get(name, self.precision)
+
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\Z")
+_UNITS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """`'12GiB'` is 12 x 2^30, `'12GB'` is 12 x 10^9. Raises `ValueError` for what is no amount of memory."""
+    match = _BYTES.match(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is no amount of memory such as 12GiB")
+    base = 1024 if match[2].endswith("i") else 1000
+    return int(float(match[1]) * base ** _UNITS[match[2].removesuffix("i")])
 
 
 def parse_recipe(values: dict[str, Any], *, where: str) -> BuildRecipe:
@@ -136,6 +167,9 @@ def _explain(location: str, problem: dict[str, Any]) -> str:
 def _suggest(location: str, problem: dict[str, Any]) -> str:
     *parents, last = location.split(".")
     known: list[str] = []
+    cause = getattr(problem.get("ctx", {}).get("error"), "__cause__", None)
+    if isinstance(cause, SdoptError):
+        return cause.hint
     if problem["type"] == "extra_forbidden":
         known = list((VerifySettings if parents == ["verify"] else BuildRecipe).model_fields)
     elif problem["type"] == "enum":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdopt.errors import ShapeError
+
+CHUNK_TOKENS = 77
+"""What CLIP takes at a time. A longer prompt is several such chunks, which only the UNet sees side by side."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +39,54 @@ class Extent:
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max
 
+    @classmethod
+    def covering(cls, extents: Sequence[Extent]) -> Extent:
+        """The smallest extent that contains all of them; the usual size is that of the first."""
+        return cls(min(e.min for e in extents), extents[0].opt, max(e.max for e in extents))
+
 
 @dataclass(frozen=True)
 class ShapeProfile:
-    """What one engine takes: pictures a run, pixels, prompt tokens. `dynamic` keeps the axes symbolic in the graph."""
+    """What one engine takes: pictures a run, pixels, and the tokens of a prompt as the UNet sees them."""
 
     batch: Extent
     height_px: Extent
     width_px: Extent
-    tokens: Extent = Extent(77, 77, 77)
+    tokens: Extent = Extent(CHUNK_TOKENS, CHUNK_TOKENS, CHUNK_TOKENS)
 
     @classmethod
     def static(cls, *, height_px: int, width_px: int, batch: int = 1, tokens: int = 77) -> ShapeProfile:
         return cls(*map(Extent.static, (batch, height_px, width_px, tokens)))
 
+    @classmethod
+    def covering(cls, profiles: Sequence[ShapeProfile]) -> ShapeProfile:
+        """The smallest profile that contains all of them; its usual sizes are those of the first."""
+        columns = zip(*((p.batch, p.height_px, p.width_px, p.tokens) for p in profiles), strict=True)
+        return cls(*map(Extent.covering, columns))
+
     @property
     def is_static(self) -> bool:
         return all(e.is_static for e in (self.batch, self.height_px, self.width_px, self.tokens))
+
+    @property
+    def size_text(self) -> str:
+        """`512x512`, or `512x512..1024x1024`: as it is written after `--size`."""
+        least, most = f"{self.width_px.min}x{self.height_px.min}", f"{self.width_px.max}x{self.height_px.max}"
+        return least if least == most else f"{least}..{most}"
+
+    @property
+    def chunk_counts(self) -> tuple[int, ...]:
+        """The prompt lengths that the UNet takes, in chunks: 1 is 77 tokens, 3 is 231."""
+        return tuple(range(self.tokens.min // CHUNK_TOKENS, self.tokens.max // CHUNK_TOKENS + 1))
+
+    def takes(self, width_px: int, height_px: int) -> bool:
+        return width_px in self.width_px and height_px in self.height_px
 
     def axis_extents(self, vae_factor: int) -> dict[str, Extent]:
         """Size of every named axis that `ComponentSpec` uses. `vae_factor` is pixels per latent element.
 
         The UNet sees each picture twice (with and without the prompt) for classifier-free guidance: `cfg_batch`.
+        `tokens` is what the text encoders take, always one chunk; `prompt_tokens` is what the UNet takes.
         """
         return {
             "batch": self.batch,
@@ -65,7 +95,8 @@ class ShapeProfile:
             "width": self.width_px,
             "latent_height": self.height_px.scaled(1, vae_factor),
             "latent_width": self.width_px.scaled(1, vae_factor),
-            "tokens": self.tokens,
+            "tokens": Extent.static(CHUNK_TOKENS),
+            "prompt_tokens": self.tokens,
         }
 
     def check_against(self, multiple_px: int) -> None:
@@ -91,4 +122,31 @@ def parse_size(text: str) -> tuple[int, int]:
     width_px, height_px = int(match[1]), int(match[2])
     if not (width_px and height_px):
         raise ShapeError(f"size {text!r} has a side of 0 pixels")
+    return width_px, height_px
+
+
+def parse_sizes(text: str, usual: tuple[int, int]) -> tuple[tuple[Extent, Extent], ...]:
+    """The sizes of a recipe as (width, height) extents in pixels, one for each profile.
+
+    `'512x512'` is one static size, `'512x512,768x512'` are two, `'512x512..1024x1024'` is a range and
+    `'512x512..768x768..1024x1024'` one whose usual size is in the middle; `usual` (width, height) is the usual size of
+    a range that names none, where it lies inside, else the largest is. Raises `ShapeError`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(set(parts)) != len(parts):
+        raise ShapeError(f"size {text!r} names the same size twice")
+    return tuple(_parse_range(part, usual) for part in parts)
+
+
+def _parse_range(text: str, usual: tuple[int, int]) -> tuple[Extent, Extent]:
+    bounds = [parse_size(part) for part in text.split("..")]
+    if len(bounds) > 3:
+        raise ShapeError(f"size {text!r} has too many bounds", hint="write --size 512x512..768x768..1024x1024")
+    least, most = bounds[0], bounds[-1]
+    if len(bounds) == 3:
+        middle = bounds[1]
+    else:
+        inside = all(low <= side <= high for low, side, high in zip(least, usual, most, strict=True))
+        middle = usual if inside else most
+    width_px, height_px = (Extent(*sides) for sides in zip(least, middle, most, strict=True))
     return width_px, height_px

@@ -23,10 +23,10 @@ from sdopt.model.recipe import (
     BuildRecipe,
     OnnxRuntimeSettings,
     OpenVINOSettings,
-    Target,
     VerifySettings,
 )
 from sdopt.model.shape import ShapeProfile
+from sdopt.model.target import Runtime, Target
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 
@@ -34,7 +34,7 @@ def test_a_dynamic_bundle_runs_every_size_and_batch(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SDOPT_CACHE", str(tmp_path / "cache"))
     source = write_folder(tmp_path / "source", make_model(small_recipe(Family.SD1)))
     recipe = BuildRecipe(
-        source=str(source), target=Target.ONNXRUNTIME, precision=Precision.FP32, size="64x32", dynamic=True,
+        source=str(source), target=Target(Runtime.ONNXRUNTIME), precision=Precision.FP32, size="64x32", dynamic=True,
         verify=VerifySettings(fidelity=False),
     )  # fmt: skip
     plan = open_plan(recipe)

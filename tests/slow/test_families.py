@@ -18,7 +18,8 @@ from sdopt.build.open import open_plan
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BuildRecipe, Target, VerifySettings
+from sdopt.model.recipe import BuildRecipe, VerifySettings
+from sdopt.model.target import Runtime, Target
 from tests.checkpoints import Model, make_model, small_recipe, to_original, write_folder, write_single_file
 
 SIZE = "64x32"
@@ -35,8 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def build(source: Path, output: Path, verify: VerifySettings, prediction: Prediction | None = None) -> BundleManifest:
     recipe = BuildRecipe(
-        source=str(source), target=Target.ONNXRUNTIME, precision=Precision.FP32, size=SIZE, prediction=prediction,
-        verify=verify,
+        source=str(source), target=Target(Runtime.ONNXRUNTIME), precision=Precision.FP32, size=SIZE,
+        prediction=prediction, verify=verify,
     )  # fmt: skip
     return convert(open_plan(recipe), output)
 

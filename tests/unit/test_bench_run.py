@@ -55,7 +55,8 @@ def make_manifest(**records: Any) -> Any:
     bf16 = OpenVINOSettings(inference_precision=Precision.BF16)
     records = records or {"unet": SimpleNamespace(backend=bf16, precision=Precision.BF16)}
     return SimpleNamespace(
-        name="tiny", family="sd1", profile=ShapeProfile.static(height_px=64, width_px=64), files={},
+        name="tiny", family="sd1", profile=ShapeProfile.static(height_px=64, width_px=64),
+        profiles=(ShapeProfile.static(height_px=64, width_px=64),), files={},
         components={ComponentName(name): record for name, record in records.items()},
         recipe=SimpleNamespace(verify=VerifySettings(prompts=PROMPTS)), model_dump_json=lambda: "{}",
     )  # fmt: skip

@@ -53,7 +53,7 @@ def edited(manifest: BundleManifest, edit: Callable[[dict[str, Any]], object]) -
 
 Edit = Callable[[dict[str, Any]], object]
 DEFECTS: dict[str, tuple[Edit, str]] = {
-    "newer schema": (lambda t: t.update(schema_version=SCHEMA_VERSION + 1, news=1), r"has schema 2"),
+    "newer schema": (lambda t: t.update(schema_version=SCHEMA_VERSION + 1, news=1), rf"has schema {SCHEMA_VERSION + 1}"),
     "older schema": (lambda t: t.update(schema_version=0), r"schema_version"),
     "no schema": (lambda t: t.pop("schema_version") and t.update(schema_version=None), r"schema_version"),
     "unknown key": (lambda t: t.update(colour="red"), r"colour"),
@@ -66,6 +66,19 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
     "negative size": (lambda t: t["files"]["unet/model.onnx"].update(size_bytes=-1), r"size_bytes"),
     "impossible profile": (lambda t: t["profile"]["batch"].update(min=5, opt=1, max=1), r"profile"),
 }  # fmt: skip
+
+
+def test_a_bundle_of_schema_1_is_read(manifest: BundleManifest, tmp_path: Path) -> None:
+    """What sdopt wrote before plans: one profile, no plans, no reason for a precision."""
+
+    def age(table: dict[str, Any]) -> None:
+        table["schema_version"] = 1
+        del table["profiles"]
+        for part in table["components"].values():
+            del part["plans"], part["precision_reason"]
+
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
+    assert read_manifest(tmp_path) == manifest
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -14,7 +14,8 @@ from sdopt.errors import RecipeError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BuildRecipe, Dialect, Target, VerifySettings, parse_recipe
+from sdopt.model.recipe import BuildRecipe, Dialect, VerifySettings, parse_recipe
+from sdopt.model.target import Runtime, Target
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,12 @@ def test_no_source_is_refused() -> None:
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 recipes = st.builds(
     BuildRecipe,
-    source=texts.filter(bool), target=st.sampled_from(Target), precision=st.sampled_from(Precision),
+    source=texts.filter(bool), precision=st.sampled_from(Precision),
+    target=st.sampled_from([*map(Target, Runtime), Target(Runtime.RTX, ("sm86", "sm89"))]),
     component_precision=st.dictionaries(st.sampled_from(ComponentName), st.sampled_from(Precision)),
-    size=st.sampled_from(["", "64x128"]), batch=st.integers(1, 64), dynamic=st.booleans(),
+    size=st.sampled_from(["", "64x128", "64x64..96x128", "64x64,64x96"]), batch=st.integers(1, 64),
+    tokens=st.sampled_from([77, 231]), require_fused=st.booleans(), max_memory=st.sampled_from(["", "12GiB"]),
+    dynamic=st.booleans(),
     dialect=st.sampled_from(Dialect), vae=texts, prediction=st.none() | st.sampled_from(Prediction),
     verify=st.builds(
         VerifySettings, enabled=st.booleans(), prompts=st.lists(texts, max_size=3).map(tuple),
