@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sdopt._version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from os import PathLike
 
     from diffusers import DiffusionPipeline
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 
 
-def load(folder: str | PathLike[str], *, scheduler: str | None = None) -> DiffusionPipeline:
+def load(
+    folder: str | PathLike[str], *, scheduler: str | None = None, trust_engines: Iterable[str] = ()
+) -> DiffusionPipeline:
     """Open a bundle as a real diffusers pipeline whose networks are engine sessions.
 
-    `scheduler` is one of the names that `sdopt generate --help` lists; None keeps the bundle's own. Raises
-    `ArtifactError` for a folder that is no valid bundle, `EnvironmentMissingError` where this machine cannot run it.
+    `scheduler` is one of the names that `sdopt generate --help` lists; None keeps the bundle's own. `trust_engines` are
+    SHA-256 of TensorRT plans, or of a `bundle.json`, that may be opened though they were not built here. Raises
+    `ArtifactError` for a folder that is no valid bundle, `UnsafeInputError` for plans that nobody vouched for, and
+    `EnvironmentMissingError` where this machine cannot run it.
     """
     from sdopt.pipeline.load import load_pipeline
 
-    return load_pipeline(folder, scheduler=scheduler)
+    return load_pipeline(folder, scheduler=scheduler, trust_engines=trust_engines)

@@ -6,6 +6,7 @@
     │   └── ShapeError                           a size, batch or prompt length that cannot be had
     ├── GateError                        3       the work was done, and the result is not good enough
     │   ├── ParityError                          a component differs from torch
+    │   ├── AuditError                           a plan is not what was asked for: attention, precision, weights
     │   └── FidelityError                        the pictures differ from torch
     ├── UnsafeInputError                 4       the input could harm: pickle code, a path that leaves its folder
     ├── EnvironmentMissingError          5       this machine lacks something
@@ -61,6 +62,10 @@ class GateError(SdoptError):
 
 class ParityError(GateError):
     """A component's engine differs from torch by more than its tolerance, or gives NaN or Inf."""
+
+
+class AuditError(GateError):
+    """A plan lacks weights, computes in another precision, or has attention that is not fused."""
 
 
 class FidelityError(GateError):

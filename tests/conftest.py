@@ -41,6 +41,24 @@ def pristine_bundle(shared_folder: Path) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def rtx_bundle(shared_folder: Path) -> tuple[Path, Path]:
+    """The cache and the bundle of tiny-shapes with real TensorRT-RTX plans for three GPU generations, not verified.
+
+    Built once by whichever worker comes first. Neither is to be written to.
+    """
+    cache, output = shared_folder / "rtx-cache", shared_folder / "rtx"
+    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output)]
+    with (shared_folder / "rtx.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            subprocess.run(
+                [*command, "--target", "rtx:sm86,sm89,sm120", "--no-verify"],
+                env={**os.environ, "SDOPT_CACHE": str(cache)}, check=True, capture_output=True,
+            )  # fmt: skip
+    return cache, output
+
+
 @pytest.fixture
 def bundle(pristine_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may damage."""

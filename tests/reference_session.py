@@ -50,12 +50,17 @@ class ReferenceSession:
     spec: ComponentSpec
     extents: Mapping[str, Extent]
     module: torch.nn.Module
+    profiles: tuple[Mapping[str, Extent], ...] = ()
     runs: list[tuple[int, ...]] = field(default_factory=list)
     closed: bool = False
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    def __post_init__(self) -> None:
+        self.profiles = self.profiles or (self.extents,)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert not self.closed
-        check_inputs(self.spec, self.extents, inputs)
+        check_inputs(self.spec, self.extents, inputs, self.profiles)
         for tensor in self.spec.inputs:
             assert inputs[tensor.name].dtype == TORCH_DTYPES[tensor.dtype]
             assert inputs[tensor.name].is_contiguous()
@@ -97,9 +102,10 @@ def make_bundle(
     prediction: Prediction = Prediction.EPSILON,
     inpainting: bool = False,
     profile: ShapeProfile | None = None,
+    profiles: tuple[ShapeProfile, ...] = (),
 ) -> ReferenceBundle:
     """A bundle of a diffusers folder, with fp32 reference sessions. `profile` is 64x64 at batch 1 by default."""
-    profile = profile or ShapeProfile.static(height_px=64, width_px=64)
+    profiles = profiles or (profile or ShapeProfile.static(height_px=64, width_px=64),)
     factor = vae_factor(_config(source, "vae"))
     sessions: dict[ComponentName, ReferenceSession] = {}
     for name in ComponentName:
@@ -119,7 +125,8 @@ def make_bundle(
         renamed = {_current_name(key, keys): value for key, value in weights.items()}
         module.network.load_state_dict({key: value for key, value in renamed.items() if key in keys})
         spec = describe_component(name, config, family, DType.FP32)
-        sessions[name] = ReferenceSession(spec, profile.axis_extents(factor), module)
+        tables = tuple(each.axis_extents(factor) for each in profiles)
+        sessions[name] = ReferenceSession(spec, ShapeProfile.covering(profiles).axis_extents(factor), module, tables)
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file(
@@ -130,7 +137,7 @@ def make_bundle(
         if (source / extra).is_dir():
             shutil.copytree(source / extra, folder / extra)
     shutil.copy(source / "model_index.json", folder)
-    manifest = _manifest(folder.name, sessions, family, prediction, inpainting, profile)
+    manifest = _manifest(folder.name, sessions, family, prediction, inpainting, profiles)
     return ReferenceBundle(folder, manifest, sessions)
 
 
@@ -150,7 +157,7 @@ def _manifest(
     family: Family,
     prediction: Prediction,
     inpainting: bool,
-    profile: ShapeProfile,
+    profiles: tuple[ShapeProfile, ...],
 ) -> BundleManifest:
     audit = GraphAudit(opset=23, nodes=1, attention_nodes=0, attention_layers=0)
     return BundleManifest(
@@ -161,8 +168,8 @@ def _manifest(
         inpainting=inpainting,
         source=SourceRecord(kind="diffusers", location="tiny", digest="ab" * 32),
         recipe=BuildRecipe(),
-        profile=profile,
-        profiles=(profile,),
+        profile=ShapeProfile.covering(profiles),
+        profiles=profiles,
         dialect=Dialect.NATIVE_ATTENTION,
         components={
             name: ComponentRecord(

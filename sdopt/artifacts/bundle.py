@@ -17,6 +17,12 @@ def bundle_extents(folder: Path, manifest: BundleManifest) -> Mapping[str, Exten
     return manifest.profile.axis_extents(vae_factor(read_config(folder, ComponentName.VAE_DECODER)))
 
 
+def bundle_profiles(folder: Path, manifest: BundleManifest) -> tuple[Mapping[str, Extent], ...]:
+    """The same for each of the bundle's profiles, in their order."""
+    factor = vae_factor(read_config(folder, ComponentName.VAE_DECODER))
+    return tuple(profile.axis_extents(factor) for profile in manifest.profiles)
+
+
 def record_file(path: Path) -> FileRecord:
     return FileRecord(sha256=hash_file(path), size_bytes=path.stat().st_size)
 

@@ -49,12 +49,16 @@ def resolve_inside(folder: Path, relative: str) -> Path:
     return path
 
 
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+fsync_folder = fsync_file
+"""What makes a rename inside a folder last."""
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -56,6 +56,8 @@ class OutputParity(_Record):
 class ParityRecord(_Record):
     passed: bool
     runtime: str
+    points: int = 1
+    """How many sizes and prompt lengths were compared; the figures are those of the worst."""
     outputs: tuple[OutputParity, ...]
     relative_l2_limit: float
     cosine_distance_limit: float
@@ -91,13 +93,19 @@ class PlanAudit(_Record):
     zero_share: float
     """Share of the plan's bytes that are zero; a plan that lost weights is full of them."""
     weights_zero_share: float
+    weights_sampled: int
+    weights_found: int
+    """Of the sampled weights, those that lie in the plan byte for byte; some are folded with what follows them."""
+
+
+PlanFlavour = Literal["tensorrt-rtx", "tensorrt"]
 
 
 class PlanRecord(_Record):
     """One engine file, and what a machine must have to run it."""
 
     file: str
-    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    flavour: PlanFlavour
     version: str
     """Of the library that built it: TensorRT takes plans of no other."""
     generation: str
@@ -165,6 +173,17 @@ class FidelityRecord(_Record):
     images: tuple[ImageFidelity, ...] = ()
 
 
+class GpuRecord(_Record):
+    """A GPU as its driver shows it; `generation` is its compute capability, as in `sm89`."""
+
+    name: str
+    generation: str
+    memory_bytes: int
+    driver: str
+    cuda: str
+    """The newest CUDA that the driver knows, as in `13.0`."""
+
+
 class EnvironmentRecord(_Record):
     """The machine and libraries that made the bundle; `cpu_features` are those that the engines' precision needs."""
 
@@ -174,6 +193,7 @@ class EnvironmentRecord(_Record):
     processor: str
     cpu_features: tuple[str, ...]
     libraries: dict[str, str]
+    gpus: tuple[GpuRecord, ...] = ()
 
 
 class BundleManifest(_Record):

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors, fsync_folder, hash_file
+from sdopt.artifacts.files import disk_errors, fsync_file, fsync_folder, hash_file
 
 _ENTRY_NAME = "entry.json"
 
@@ -61,6 +63,53 @@ class Store:
                 shutil.rmtree(temporary, ignore_errors=True)
             fsync_folder(folder.parent)
         return folder
+
+    def make(self, stage: str, key: str, fill: Callable[[Path], Mapping[str, str]]) -> Path:
+        """The folder of an entry, found or made. `fill` writes files into a folder and returns their SHA-256 by name.
+
+        One process at a time makes an entry: another that wants the same waits, and finds it. What `fill` raises is
+        raised, and leaves nothing behind.
+        """
+        folder = self._place(stage, key)
+        with disk_errors(folder), self._locked(stage, key):
+            if _is_intact(folder):
+                return folder
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+            try:
+                digests = dict(fill(temporary))
+                for name in digests:
+                    fsync_file(temporary / name)
+                _write_synced(temporary / _ENTRY_NAME, json.dumps(digests).encode())
+                fsync_folder(temporary)
+                _publish(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            fsync_folder(folder.parent)
+        return folder
+
+    def drop_unused(self, stage: str, *, older_than_s: float) -> int:
+        """Remove the entries of a stage of which no file has another hard link, and count them.
+
+        For large entries that bundles share by hard links: one that no bundle holds any more only takes space. The age
+        spares what another process has just made, and the rests of a killed one are swept out with it.
+        """
+        before, dropped = time.time() - older_than_s, 0
+        for folder in (self._root / stage).glob("*/*"):
+            with contextlib.suppress(OSError):
+                old = folder.stat().st_mtime < before
+                if old and all(path.stat().st_nlink == 1 for path in folder.iterdir()):
+                    _discard(folder)
+                    dropped += 1
+        return dropped
+
+    @contextlib.contextmanager
+    def _locked(self, stage: str, key: str) -> Iterator[None]:
+        path = self._root / "locks" / f"{stage}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _place(self, stage: str, key: str) -> Path:
         return self._root / stage / key[:2] / key

@@ -1,21 +1,35 @@
-"""ONNX Runtime on the CPU. It has no bf16 path there, and runs the native `Attention` as one kernel."""
+"""ONNX Runtime on the CPU or on an NVIDIA GPU.
+
+On the CPU it has no bf16 path, and runs the native `Attention` as one kernel. On a GPU `Attention` of opset 23 is one
+kernel too, flash attention in fp16 on Ampere and later, since microsoft/onnxruntime#27542 of March 2026; 1.24 still ran
+it unfused, or on the CPU (#28025).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
+from sdopt.backends.gpu import Gpu, describe_missing_gpu, find_gpu, shared_gpu
 from sdopt.backends.protocol import ComponentFiles, Probe
 from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency
-from sdopt.model.precision import Precision
+from sdopt.model.component import TensorSpec, vae_factor
+from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import OnnxRuntimeSettings
+from sdopt.networks.tensors import TORCH_DTYPES
 
 try:
     import onnxruntime
 except ImportError as error:
     raise MissingDependency.of("onnxruntime", extra="cpu") from error
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_NUMPY = {DType.FP32: np.float32, DType.FP16: np.float16, DType.INT64: np.int64}
+_GET_CUDA = "pip uninstall -y onnxruntime && pip install --force-reinstall 'sdopt[gpu]'"
 
 
 class OnnxRuntimeBackend:
@@ -23,21 +37,44 @@ class OnnxRuntimeBackend:
         self._settings = settings
 
     def probe(self) -> Probe:
-        return Probe("onnxruntime", onnxruntime.__version__, (Precision.FP32, Precision.FP16))
+        missing = remedy = ""
+        if self._settings.device == "cuda":
+            if _CUDA not in onnxruntime.get_available_providers():
+                missing, remedy = "this onnxruntime was built without CUDA", _GET_CUDA
+            elif find_gpu() is None:
+                missing, remedy = describe_missing_gpu()
+        return Probe("onnxruntime", onnxruntime.__version__, (Precision.FP32, Precision.FP16), missing, remedy)
 
     def open(self, component: ComponentFiles) -> OnnxRuntimeSession:
+        if self._settings.device == "cuda":
+            return self._open_on_gpu(component)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         if self._settings.low_memory:
             # The arena keeps what one run needed at its peak. Without the optimiser, weights stay mapped in their 16
             # bits and are widened one at a time, where it would keep a copy of all of them in fp32.
             options.enable_cpu_mem_arena = False
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            session = onnxruntime.InferenceSession(component.graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a dozen classes of its own with no common base.
-            raise BackendError(f"ONNX Runtime refuses {component.graph}: {error}") from error
-        return OnnxRuntimeSession(component, session)
+        return OnnxRuntimeSession(component, _open(component, options, [_CPU]))
+
+    def _open_on_gpu(self, component: ComponentFiles) -> CudaSession:
+        gpu = shared_gpu()
+        cuda = {"device_id": gpu.device.index, "user_compute_stream": str(gpu.stream_handle)}
+        session = _open(component, onnxruntime.SessionOptions(), [(_CUDA, cuda), _CPU])
+        if session.get_providers()[0] != _CUDA:
+            # It falls back to the CPU without an error where a library of CUDA or cuDNN is missing.
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} could not load its CUDA libraries for {component.name}",
+                hint=_GET_CUDA,
+            )
+        return CudaSession(component, session, gpu)
+
+
+def _open(component: ComponentFiles, options: Any, providers: list[Any]) -> Any:
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(component.graph, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises a dozen classes of its own with no common base.
+        raise BackendError(f"ONNX Runtime refuses {component.graph}: {error}") from error
 
 
 class OnnxRuntimeSession(EngineSession):
@@ -49,3 +86,59 @@ class OnnxRuntimeSession(EngineSession):
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self.spec.name}: {error}") from error
         return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
+
+
+class CudaSession(OnnxRuntimeSession):
+    """Reads and writes torch's tensors where they are. `run_with_iobinding` waits for the GPU."""
+
+    def __init__(self, component: ComponentFiles, engine: Any, gpu: Gpu) -> None:
+        super().__init__(component, engine)
+        self._gpu = gpu
+
+    @property
+    def device(self) -> torch.device:
+        return self._gpu.device
+
+    def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sizes = {
+            axis: size
+            for tensor in self.spec.inputs
+            for axis, size in zip(tensor.axes, inputs[tensor.name].shape, strict=True)
+            if isinstance(axis, str)
+        }
+        outputs = {
+            tensor.name: self._gpu.empty(self._shape(tensor, sizes), TORCH_DTYPES[tensor.dtype])
+            for tensor in self.spec.outputs
+        }
+        with self._gpu.turn():
+            moved = {
+                name: value.detach().to(self.device, non_blocking=True).contiguous() for name, value in inputs.items()
+            }
+            binding = self.engine.io_binding()
+            for tensor in self.spec.inputs:
+                binding.bind_input(*self._place(tensor, moved[tensor.name]))
+            for tensor in self.spec.outputs:
+                binding.bind_output(*self._place(tensor, outputs[tensor.name]))
+            try:
+                self.engine.run_with_iobinding(binding)
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime failed in {self.spec.name}: {error}") from error
+        return outputs
+
+    def _place(self, tensor: TensorSpec, value: torch.Tensor) -> tuple[Any, ...]:
+        """As `bind_input` and `bind_output` take it: name, device, element type, shape, address."""
+        device = self._gpu.device
+        shape = tuple(value.shape)
+        return tensor.name, device.type, device.index or 0, _NUMPY[tensor.dtype], shape, value.data_ptr()
+
+    def _shape(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The outputs of a VAE have sides that its inputs have not: the same picture in pixels, or in latents."""
+        sides = dict(sizes)
+        if {"latent_height", "height"} & set(tensor.axes) - sizes.keys():
+            factor = vae_factor(self._component.config)
+            for side in ("height", "width"):
+                if f"latent_{side}" in sizes:
+                    sides[side] = sizes[f"latent_{side}"] * factor
+                else:
+                    sides[f"latent_{side}"] = sizes[side] // factor
+        return tuple(axis if isinstance(axis, int) else sides[axis] for axis in tensor.axes)

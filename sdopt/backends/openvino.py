@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, in fp32 or bf16. It reads opset 23 with `Attention` as it is."""
+"""OpenVINO on the CPU, in fp32 or bf16. It reads opset 23 with `Attention` as it is, and graphs that are typed bf16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sdopt.backends.protocol import ComponentFiles, Probe
 from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
-from sdopt.model.precision import Precision
+from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import OpenVINOSettings
 
 try:
@@ -130,9 +130,22 @@ def _output_names(request: Any) -> list[str]:
 
 class OpenVINOSession(EngineSession):
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
+        feeds = {name: _to_feed(tensor) for name, tensor in inputs.items()}
         try:
             results = self.engine.run(feeds)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.spec.name}: {error}") from error
-        return {tensor.name: torch.from_numpy(results[tensor.name]) for tensor in self.spec.outputs}
+        return {tensor.name: _to_tensor(results[tensor.name], tensor.dtype) for tensor in self.spec.outputs}
+
+
+def _to_feed(tensor: torch.Tensor) -> Any:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:  # numpy has no bf16
+        return openvino.Tensor(tensor.view(torch.int16).numpy(), tensor.shape, openvino.Type.bf16)
+    return tensor.numpy()
+
+
+def _to_tensor(result: Any, dtype: DType) -> torch.Tensor:
+    tensor = torch.from_numpy(result)
+    # OpenVINO calls the array of a bf16 output fp16; its bits are those of bf16.
+    return tensor.view(torch.bfloat16) if dtype is DType.BF16 else tensor

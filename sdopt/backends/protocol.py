@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -13,7 +13,7 @@ from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
 from sdopt.model.precision import Precision
-from sdopt.model.shape import Extent
+from sdopt.model.shape import CHUNK_TOKENS, Extent, nearest_profile
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,8 @@ class ComponentFiles:
     """One component of a bundle, as a backend opens it.
 
     `folder` holds `model.onnx`, `weights.safetensors` and `config.json`; `extents` are the sizes of the named axes.
-    `plans` are the engine files beside them, by `PlanRecord.file` relative to the bundle.
+    `plans` are the engine files for this machine, by `PlanRecord.file` relative to the bundle: one for each of
+    `profiles`, which are the axes of the bundle's profiles. `plan_digests` are the SHA-256 of those files by name.
     """
 
     folder: Path
@@ -48,6 +49,8 @@ class ComponentFiles:
     family: Family
     extents: Mapping[str, Extent]
     plans: tuple[PlanRecord, ...] = ()
+    profiles: tuple[Mapping[str, Extent], ...] = ()
+    plan_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> ComponentName:
@@ -63,22 +66,48 @@ class ComponentFiles:
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a GPU that a session holds.
+
+    `activations_bytes` is what the engine needs while it runs, None where the runtime does not say: sessions that run
+    in turn share the largest. `buffers_bytes` are inputs and outputs that the session keeps.
+    """
+
+    weights_bytes: int
+    activations_bytes: int | None
+    buffers_bytes: int
+
+
+@dataclass(frozen=True)
 class MemoryUse:
-    """Bytes that a session holds: of its weights, and of the host process now and at its peak."""
+    """Bytes that a session holds: of its weights, and of the host process now and at its peak; and of its GPU."""
 
     weights_bytes: int
     process_bytes: int
     process_peak_bytes: int
+    device: DeviceMemory | None = None
 
 
 class Session(Protocol):
-    """An open engine. `run` takes and returns CPU tensors by name, in the dtypes and shapes of `spec`."""
+    """An open engine. `run` takes tensors by name, in the dtypes and shapes of `spec`, and returns such on `device`.
+
+    Inputs on another device are copied there. On a GPU the outputs are ready for the stream that is current, not for
+    the host: whoever reads a clock has to wait for the device first.
+    """
 
     @property
     def spec(self) -> ComponentSpec: ...
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
     def extents(self) -> Mapping[str, Extent]: ...
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
+        """What the engine was built for, one table for each profile; `extents` are the least that contain them all."""
+        ...
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
@@ -101,8 +130,15 @@ class Backend(Protocol):
     def open(self, component: ComponentFiles) -> Session: ...
 
 
-def check_inputs(spec: ComponentSpec, extents: Mapping[str, Extent], inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse inputs that the engine was not built for: names, shapes, one size for each named axis."""
+def check_inputs(
+    spec: ComponentSpec,
+    extents: Mapping[str, Extent],
+    inputs: Mapping[str, torch.Tensor],
+    profiles: Sequence[Mapping[str, Extent]] = (),
+) -> None:
+    """Refuse inputs that the engine was not built for: names, shapes, one size for each named axis, and a set of sizes
+    that is in none of the `profiles`, which `extents` contain.
+    """
     if inputs.keys() != {tensor.name for tensor in spec.inputs}:
         expected = ", ".join(tensor.name for tensor in spec.inputs)
         raise ShapeError(f"{spec.name} takes {expected}, not {', '.join(sorted(inputs)) or 'nothing'}")
@@ -117,9 +153,33 @@ def check_inputs(spec: ComponentSpec, extents: Mapping[str, Extent], inputs: Map
                 span = str(extent.min) if extent.is_static else f"{extent.min} to {extent.max}"
                 raise ShapeError(
                     f"{spec.name}: axis {axis!r} of {tensor.name} is {size}, and the engine was built for {span}",
-                    hint="build another with sdopt convert --size / --batch",
+                    hint="build another with sdopt convert --size / --batch / --tokens",
                 )
             if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                 raise ShapeError(
                     f"{spec.name}: axis {axis!r} is {sizes[axis]} in one input and {size} in {tensor.name}"
                 )
+    _require_chunks(spec, sizes)
+    _require_profile(spec, sizes, profiles)
+
+
+def _require_chunks(spec: ComponentSpec, sizes: Mapping[str, int]) -> None:
+    tokens = sizes.get("prompt_tokens", CHUNK_TOKENS)
+    if tokens % CHUNK_TOKENS:
+        raise ShapeError(
+            f"{spec.name}: the prompt has {tokens} tokens, and the engine takes multiples of {CHUNK_TOKENS}",
+            hint="give the pipeline the prompt as text",
+        )
+
+
+def _require_profile(spec: ComponentSpec, sizes: Mapping[str, int], profiles: Sequence[Mapping[str, Extent]]) -> None:
+    if not profiles or any(all(size in profile[axis] for axis, size in sizes.items()) for profile in profiles):
+        return
+    near = nearest_profile(profiles, sizes)
+    wrong = [axis for axis, size in sizes.items() if size not in near[axis]]
+    asked = " and ".join(f"{axis} {sizes[axis]}" for axis in wrong)
+    built = " and ".join(f"{axis} {near[axis].clamp(sizes[axis])}" for axis in wrong)
+    raise ShapeError(
+        f"{spec.name}: no profile that the engine was built for has {asked}; the nearest has {built}",
+        hint="build another with sdopt convert --size",
+    )

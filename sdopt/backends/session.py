@@ -10,7 +10,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from sdopt.backends.protocol import ComponentFiles, MemoryUse, check_inputs
+from sdopt.backends.protocol import ComponentFiles, DeviceMemory, MemoryUse, check_inputs
 from sdopt.errors import BackendError
 from sdopt.isolation import peak_rss_bytes
 from sdopt.model.component import ComponentSpec
@@ -32,8 +32,16 @@ class EngineSession(ABC):
     def extents(self) -> Mapping[str, Extent]:
         return self._component.extents
 
+    @property
+    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
+        return self._component.profiles or (self.extents,)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        check_inputs(self.spec, self.extents, inputs)
+        check_inputs(self.spec, self.extents, inputs, self.profiles)
         if self.engine is None:
             raise BackendError(f"the session of {self.spec.name} is closed")
         return self._compute(inputs)
@@ -44,7 +52,12 @@ class EngineSession(ABC):
 
     def memory(self) -> MemoryUse:
         resident_bytes = psutil.Process().memory_info().rss
-        return MemoryUse(self._component.weights.stat().st_size, resident_bytes, peak_rss_bytes())
+        return MemoryUse(
+            self._component.weights.stat().st_size, resident_bytes, peak_rss_bytes(), self._device_memory()
+        )
+
+    def _device_memory(self) -> DeviceMemory | None:
+        return None
 
     def close(self) -> None:
         self.engine = None

@@ -10,51 +10,93 @@ from accelerate import init_empty_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdopt.artifacts.safetensors_file import read_header
-from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.gpu import describe_missing_gpu, find_gpu
+from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
 from sdopt.backends.session import EngineSession
+from sdopt.errors import MissingHardware
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import TorchSettings
 from sdopt.networks.modules import build_network, default_dtype
 from sdopt.networks.tensors import TORCH_DTYPES, load_weights
 
-_COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+_COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 class TorchBackend:
-    """`settings.compile` compiles with inductor at the first run; `attention` picks the kernel of attention."""
+    """`settings.compile` compiles with inductor at the first run; `attention` picks the kernel of attention.
+
+    On a GPU convolutions take channels-last tensors, which tensor cores want, and `compile` times every kernel that it
+    could use (`max-autotune`): what somebody would do who wants torch to be fast.
+    """
 
     def __init__(self, settings: TorchSettings) -> None:
         self._settings = settings
 
     def probe(self) -> Probe:
-        return Probe("torch", torch.__version__, (Precision.FP32, Precision.BF16))
+        missing = remedy = ""
+        precisions: tuple[Precision, ...] = (Precision.FP32, Precision.BF16)
+        if self._settings.device == "cuda":
+            precisions = (*precisions, Precision.FP16)
+            missing, remedy = ("", "") if find_gpu() else describe_missing_gpu()
+        return Probe("torch", torch.__version__, precisions, missing, remedy)
 
     def open(self, component: ComponentFiles) -> TorchSession:
-        with default_dtype(_COMPUTE[self._settings.precision]), init_empty_weights(include_buffers=False):
+        probe = self.probe()
+        if not probe.available:
+            raise MissingHardware(probe.missing, hint=probe.remedy)
+        dtype = _COMPUTE[_fitting_precision(self._settings.precision, component)]
+        device = torch.device("cuda", torch.cuda.current_device()) if self._settings.device == "cuda" else _HOST
+        with default_dtype(dtype), init_empty_weights(include_buffers=False):
             network = build_network(component.name, component.config)
-        load_weights(network, read_header(component.weights).tensors, _COMPUTE[self._settings.precision])
-        return TorchSession(component, network, self._settings)
+        load_weights(network, read_header(component.weights).tensors, dtype, device)
+        network.to(device)  # the buffers, which are no weights
+        return TorchSession(component, network, self._settings, dtype, device)
+
+
+_HOST = torch.device("cpu")
+
+
+def _fitting_precision(precision: Precision, component: ComponentFiles) -> Precision:
+    """A VAE whose config says so overflows in fp16: diffusers computes it in fp32, and so does this."""
+    overflows = component.name.startswith("vae") and bool(component.config.get("force_upcast"))
+    return Precision.FP32 if precision is Precision.FP16 and overflows else precision
 
 
 class TorchSession(EngineSession):
-    def __init__(self, component: ComponentFiles, network: torch.nn.Module, settings: TorchSettings) -> None:
-        super().__init__(component, torch.compile(network, dynamic=False) if settings.compile else network)
-        self._settings = settings
-        self._dtype = _COMPUTE[settings.precision]
+    def __init__(
+        self, component: ComponentFiles, network: torch.nn.Module, settings: TorchSettings, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._weights_bytes = sum(each.nbytes for each in (*network.parameters(), *network.buffers()))
+        self._settings, self._dtype, self._device = settings, dtype, device
+        engine: object = network
+        if device.type == "cuda":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.compile:
+            engine = torch.compile(network, dynamic=False, mode="max-autotune" if device.type == "cuda" else None)
+        super().__init__(component, engine)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The timestep stays fp32, as in diffusers: bf16 cannot tell 997 from 999.
         arguments = [
-            inputs[tensor.name].to(self._dtype)
-            if tensor.dtype.is_float and tensor.name != "timestep"
-            else inputs[tensor.name]
+            inputs[tensor.name].to(
+                self._device, self._dtype if tensor.dtype.is_float and tensor.name != "timestep" else None,
+                non_blocking=self._device.type == "cuda",
+            )
             for tensor in self.spec.inputs
-        ]
-        with torch.inference_mode(), self._attention():
+        ]  # fmt: skip
+        with torch.inference_mode(), self._attention(), self._exact():
             outputs = self.engine(*arguments)
         named = zip(self.spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         # A copy made out here is a plain tensor: inference tensors cannot be changed in place by who gets them.
-        return {tensor.name: output.to(TORCH_DTYPES[tensor.dtype], copy=True) for tensor, output in named}
+        return {
+            tensor.name: output.to(TORCH_DTYPES[tensor.dtype], copy=True, memory_format=torch.contiguous_format)
+            for tensor, output in named
+        }
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:
@@ -63,3 +105,17 @@ class TorchSession(EngineSession):
                 yield
         else:
             yield
+
+    @contextlib.contextmanager
+    def _exact(self) -> Iterator[None]:
+        """fp32 on a GPU is fp32: convolutions would round to the 10 bits of TF32 otherwise."""
+        if self._device.type != "cuda" or self._dtype is not torch.float32:
+            yield
+            return
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+
+    def _device_memory(self) -> DeviceMemory | None:
+        if self._device.type != "cuda":
+            return None
+        return DeviceMemory(self._weights_bytes, None, 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sdopt.artifacts.manifest import BundleManifest
+from sdopt.build.resolve import needs_gpu
 from sdopt.errors import UsageError
 from sdopt.fidelity.verdict import least_precision
 from sdopt.model.component import ComponentName
@@ -23,13 +24,21 @@ class Baseline(StrEnum):
 
     EAGER_FP32 = "eager-fp32"
     EAGER_BF16 = "eager-bf16"
+    EAGER_FP16 = "eager-fp16"
     COMPILE = "compile"
 
 
-_BASELINES = {
+# On a GPU, what somebody would do who wants torch to be fast; fp32 is what nobody draws with there.
+_ON_CPU = {
     Baseline.EAGER_FP32: TorchSettings(),
     Baseline.EAGER_BF16: TorchSettings(precision=Precision.BF16),
     Baseline.COMPILE: TorchSettings(compile=True),
+}
+_ON_GPU = {
+    Baseline.EAGER_FP16: TorchSettings(device="cuda", precision=Precision.FP16),
+    Baseline.COMPILE: TorchSettings(device="cuda", precision=Precision.FP16, compile=True),
+    Baseline.EAGER_FP32: TorchSettings(device="cuda"),
+    Baseline.EAGER_BF16: TorchSettings(device="cuda", precision=Precision.BF16),
 }
 
 
@@ -50,14 +59,30 @@ class Candidate:
         return {name: self.settings or record.backend for name, record in manifest.components.items()}
 
 
-def list_candidates(manifest: BundleManifest, against: tuple[Baseline, ...]) -> tuple[Candidate, ...]:
-    """The engines first, then the baselines in the order asked for."""
+def engines_use_gpu(manifest: BundleManifest) -> bool:
+    """Whether the engines compute on a GPU: torch is then measured there, too."""
+    return any(needs_gpu(record.backend) for record in manifest.components.values())
+
+
+def usual_baselines(manifest: BundleManifest) -> tuple[Baseline, ...]:
+    """What engines are measured against where nothing is asked for."""
+    return (Baseline.EAGER_FP16, Baseline.COMPILE) if engines_use_gpu(manifest) else tuple(_ON_CPU)
+
+
+def list_candidates(manifest: BundleManifest, against: tuple[Baseline, ...] | None) -> tuple[Candidate, ...]:
+    """The engines first, then the baselines in the order asked for; None asks for the usual ones."""
     engines = Candidate(ENGINES, label_engines(manifest), least_precision(manifest), None)
-    return (engines, *(_make_baseline(baseline) for baseline in against))
+    chosen = usual_baselines(manifest) if against is None else against
+    return (engines, *(_make_baseline(baseline, on_gpu=engines_use_gpu(manifest)) for baseline in chosen))
 
 
-def _make_baseline(baseline: Baseline) -> Candidate:
-    settings = _BASELINES[baseline]
+def _make_baseline(baseline: Baseline, *, on_gpu: bool) -> Candidate:
+    settings = _ON_GPU[baseline] if on_gpu else _ON_CPU.get(baseline)
+    if settings is None:
+        return Candidate(
+            baseline.value, "torch eager fp16", Precision.FP16, TorchSettings(precision=Precision.FP16),
+            missing="torch computes in fp16 on a GPU, and these engines run on the CPU",
+        )  # fmt: skip
     label = f"{_label_runtime(settings)} {settings.precision}"
     return Candidate(baseline.value, label, settings.precision, settings, _find_missing(baseline))
 

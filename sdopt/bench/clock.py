@@ -1,7 +1,7 @@
 """Time the stages of a pipeline by wrapping its sessions. Nothing of the pipeline is patched.
 
-A session returns CPU tensors, so its work is done when it returns. A backend whose work goes on behind the
-call has to wait for its device in `run`, or its time would be counted as overhead.
+A session on the CPU has done its work when it returns. One on a GPU has only queued it: its time is taken by events
+that the GPU itself passes, so that the host waits nowhere that it would not wait without the clock.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ _STAGES = {
 }
 
 
-class Clock:
-    """Collects samples of every stage in ns. `now_ns` is a monotonic clock."""
+def _new_event() -> torch.cuda.Event:
+    import torch
 
-    def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
-        self._now_ns = now_ns
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class Clock:
+    """Collects samples of each stage in ns. `now_ns` is a monotonic clock, `new_event` makes a timing event of CUDA."""
+
+    def __init__(
+        self, now_ns: Callable[[], int] = time.perf_counter_ns, new_event: Callable[[], torch.cuda.Event] = _new_event
+    ) -> None:
+        self._now_ns, self._new_event = now_ns, new_event
         self._samples_ns: dict[Stage, list[int]] = {}
+        self._queued: list[tuple[Stage, torch.cuda.Event, torch.cuda.Event]] = []
 
     def wrap(self, session: Session) -> Session:
         """The session, with each run timed."""
@@ -45,13 +54,31 @@ class Clock:
         self._samples_ns.setdefault(stage, []).append(self._now_ns() - start_ns)
         return result
 
+    def time_queue(self, stage: Stage, call: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Time a call that queues work on a GPU's current stream: from when the GPU comes to it until it is done."""
+        begin, end = self._new_event(), self._new_event()
+        begin.record()
+        result = call()
+        end.record()
+        self._queued.append((stage, begin, end))
+        return result
+
+    def _settle(self) -> None:
+        """Wait for the GPU, and count what was queued."""
+        for stage, begin, end in self._queued:
+            end.synchronize()
+            self._samples_ns.setdefault(stage, []).append(round(begin.elapsed_time(end) * 1e6))
+        self._queued = []
+
     def time_picture(self, draw: Callable[[], object]) -> int:
         """Time one call of the pipeline, in ns: a sample end to end, and what lies outside the networks as
         overhead.
         """
+        self._settle()
         before_ns = self._network_ns()
         start_ns = self._now_ns()
         draw()
+        self._settle()
         whole_ns = self._now_ns() - start_ns
         self._samples_ns.setdefault(Stage.END_TO_END, []).append(whole_ns)
         overhead_ns = whole_ns - (self._network_ns() - before_ns)
@@ -60,6 +87,7 @@ class Clock:
 
     def take(self) -> dict[Stage, tuple[int, ...]]:
         """The samples so far, and start anew: what is taken and dropped is the warm-up."""
+        self._settle()
         taken = {stage: tuple(self._samples_ns[stage]) for stage in Stage if stage in self._samples_ns}
         self._samples_ns = {}
         return taken
@@ -81,11 +109,20 @@ class TimedSession:
         return self._session.spec
 
     @property
+    def device(self) -> torch.device:
+        return self._session.device
+
+    @property
     def extents(self) -> Mapping[str, Extent]:
         return self._session.extents
 
+    @property
+    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
+        return self._session.profiles
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._clock.time_call(self._stage, lambda: self._session.run(inputs))
+        measure = self._clock.time_call if self.device.type == "cpu" else self._clock.time_queue
+        return measure(self._stage, lambda: self._session.run(inputs))
 
     def memory(self) -> MemoryUse:
         return self._session.memory()

@@ -6,6 +6,7 @@ All before the timed ones is warm-up: its samples are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import time
@@ -14,14 +15,20 @@ from typing import TYPE_CHECKING
 
 from sdopt import progress
 from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bench.candidates import engines_use_gpu
 from sdopt.bench.clock import Clock
+from sdopt.bench.device_memory import DeviceMemoryPeak, sample_device_memory
+from sdopt.build.resolve import needs_gpu
 from sdopt.fidelity.candidate import open_candidate, parse_settings
 from sdopt.fidelity.draw import batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
+from sdopt.model.recipe import BackendSettings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from sdopt.backends.gpu import GpuIdentity
 
 
 def measure(arguments: JsonTable) -> JsonTable:
@@ -37,7 +44,8 @@ def measure(arguments: JsonTable) -> JsonTable:
     clock = Clock()
     progress.update(f"{label}: opening", 0.0)
     folder, settings = Path(arguments["folder"]), parse_settings(arguments["settings"])
-    with open_candidate(folder, manifest, settings, clock.wrap) as pipeline:
+    gpu = _find_own_gpu(manifest, settings)
+    with _watch(gpu) as peak, open_candidate(folder, manifest, settings, clock.wrap) as pipeline:
         opened_ns = time.monotonic_ns()
         starts = batch_starts(manifest, scene)
         drawings = [
@@ -65,6 +73,8 @@ def measure(arguments: JsonTable) -> JsonTable:
         clock.take()
         _time_pictures(pipeline, manifest, scene, clock, arguments)
     return {
+        "peak_device_bytes": peak.peak_bytes,
+        "torch_peak_device_bytes": None if gpu is None else _torch_peak_bytes(),
         "import_ns": imported_ns - arguments["launched_ns"],
         "load_ns": opened_ns - imported_ns,
         "first_picture_ns": drawn_ns - opened_ns,
@@ -72,6 +82,25 @@ def measure(arguments: JsonTable) -> JsonTable:
         "samples_ns": clock.take(),
         "scheduler": drawings[0].scheduler,
     }
+
+
+def _find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) -> GpuIdentity | None:
+    """The GPU that the candidate computes on; a candidate of the CPU has none, and CUDA is not even started."""
+    if not (engines_use_gpu(manifest) if settings is None else needs_gpu(settings)):
+        return None
+    from sdopt.backends.gpu import find_gpu
+
+    return find_gpu()
+
+
+def _watch(gpu: GpuIdentity | None) -> contextlib.AbstractContextManager[DeviceMemoryPeak]:
+    return contextlib.nullcontext(DeviceMemoryPeak()) if gpu is None else sample_device_memory(gpu.uuid)
+
+
+def _torch_peak_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
 
 
 def _time_pictures(

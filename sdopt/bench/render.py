@@ -19,6 +19,7 @@ from sdopt.bench.run import BenchResult
 from sdopt.bench.summary import (
     agrees,
     describe_result,
+    find_baseline,
     format_bytes,
     format_ns,
     format_speed,
@@ -81,6 +82,8 @@ def render_html(result: BenchResult) -> str:
         summary=describe_result(report),
         rows=rows,
         stages=[(stage, _name_stage(stage)) for stage in Stage if any(stage in row.stages for row in rows)],
+        baseline=baseline.label if (baseline := find_baseline(report)) else "torch eager fp32",
+        on_gpu=any(row.peak_device_bytes is not None for row in rows),
         end_to_end=Stage.END_TO_END,
         ok=Status.OK,
         engines=ENGINES,

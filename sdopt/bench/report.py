@@ -20,7 +20,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _LIMIT_BYTES = 256 << 20
 # The bookkeeping of an idle desktop takes less; a second program that computes takes ten times as much.
 NEIGHBOURS_ALLOWED_CORES = 0.1
@@ -109,6 +109,10 @@ class ProcessRecord(_Record):
     first_picture_ns: int
     cold_start_ns: int
     peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    """All that the process held of its GPU at the peak, as NVML says; null on the CPU and where NVML is not."""
+    torch_peak_device_bytes: int | None = None
+    """What of it torch's allocator held: TensorRT's weights are not its own."""
     samples_ns: dict[Stage, tuple[int, ...]]
 
 
@@ -140,7 +144,7 @@ class CandidateRecord(_Record):
 
 
 class BenchReport(_Record):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created_utc: str
     case: CaseRecord
     environment: EnvironmentRecord
@@ -177,6 +181,8 @@ def read_report(path: Path) -> BenchReport:
             f"{path} has schema {version}, and this sdopt reads up to {SCHEMA_VERSION}",
             hint="pip install --upgrade sdopt",
         )
+    if version == 1:  # before GPUs
+        values = {**values, "schema_version": SCHEMA_VERSION}
     try:
         return BenchReport.model_validate_json(json.dumps(values))
     except ValidationError as error:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from sdopt import progress
 from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ImageFidelity, read_manifest
-from sdopt.bench.candidates import Baseline, Candidate, list_candidates
+from sdopt.bench.candidates import Baseline, Candidate, engines_use_gpu, list_candidates
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, CandidateRecord, CaseRecord, MethodRecord, ProcessRecord, Status
 from sdopt.errors import MissingDependency, SdoptError
@@ -24,7 +25,8 @@ from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE, compare_drawings
 from sdopt.isolation import JsonTable, run_isolated
-from sdopt.model.recipe import BackendSettings
+from sdopt.model.recipe import TorchSettings
+from sdopt.pipeline.preflight import require_sound, require_trusted
 
 _LEAST_PICTURES = 2
 _MOST_PICTURES = 10
@@ -33,18 +35,21 @@ _PICTURE_BUDGET_S = 3.0
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure. Empty `prompts` takes those of the bundle's recipe, or the package's own.
+    """What to measure. Empty `prompts` takes those of the bundle's recipe, or the package's own; `against` of None
+    takes the usual baselines of the engines' device.
 
-    `time_limit_s` is for each process; `command` is what the report tells the reader to run.
+    `time_limit_s` is for each process; `command` is what the report tells the reader to run. `trust_engines` are
+    SHA-256 of plans that were not built here, or of a `bundle.json`.
     """
 
     folder: Path
-    against: tuple[Baseline, ...] = tuple(Baseline)
+    against: tuple[Baseline, ...] | None = None
     prompts: tuple[str, ...] = ()
     steps: int = 20
     repeats: int = 2
     time_limit_s: float = 1800.0
     command: str = ""
+    trust_engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,12 @@ class _Row:
 def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     """Measure every candidate. `work` is an existing folder for drawings.
 
-    Raises `ArtifactError` for a folder that is no bundle; a candidate's own failure is in its row.
+    Raises `ArtifactError` for a folder that is no bundle or a damaged one, and `UnsafeInputError` for plans that nobody
+    vouched for; a candidate's own failure is in its row.
     """
     manifest = read_manifest(request.folder)
+    require_sound(request.folder, manifest)
+    require_trusted(request.folder, manifest, request.trust_engines)
     before = read_cpu_use()
     verify = manifest.recipe.verify
     scene = Scene(
@@ -156,7 +164,10 @@ def _draw_references(
     known.
     """
 
-    def draw(name: str, settings: BackendSettings, label: str) -> Drawing:
+    device: Literal["cpu", "cuda"] = "cuda" if engines_use_gpu(manifest) else "cpu"
+
+    def draw(name: str, settings: TorchSettings, label: str) -> Drawing:
+        settings = settings.model_copy(update={"device": device})
         path, limit_s = work / f"{name}.safetensors", request.time_limit_s
         return draw_isolated(request.folder, manifest, settings, scene, path, label=label, timeout_s=limit_s)
 

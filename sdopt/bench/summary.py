@@ -10,6 +10,7 @@ from sdopt.bench.candidates import ENGINES, Baseline
 from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status
 from sdopt.bench.stats import Ratio, Summary, compare_speed, summarize
 from sdopt.fidelity.verdict import find_limits, format_psnr
+from sdopt.model.precision import Precision
 
 # Smaller differences are called none: another layout of the same code in memory makes as much.
 _LEAST_EFFECT = 0.02
@@ -19,9 +20,7 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class CandidateSummary:
-    """A candidate's derived figures. `speed` is against torch eager fp32; None where either was not
-    measured.
-    """
+    """A candidate's derived figures. `speed` is against the baseline; None where either was not measured."""
 
     record: CandidateRecord
     stages: dict[Stage, Summary]
@@ -30,6 +29,7 @@ class CandidateSummary:
     first_picture_ns: float | None
     cold_start_ns: float | None
     peak_rss_bytes: int | None
+    peak_device_bytes: int | None
 
     @property
     def whole(self) -> Summary | None:
@@ -41,8 +41,13 @@ class CandidateSummary:
         return min((math.inf if f.psnr_db is None else f.psnr_db for f in self.record.fidelity), default=None)
 
 
+def find_baseline(report: BenchReport) -> CandidateRecord | None:
+    """What speeds are given against: torch eager in fp32, or in fp16 where it was measured in no other."""
+    return report.candidate(Baseline.EAGER_FP32) or report.candidate(Baseline.EAGER_FP16)
+
+
 def summarize_candidates(report: BenchReport) -> list[CandidateSummary]:
-    baseline = report.candidate(Baseline.EAGER_FP32)
+    baseline = find_baseline(report)
     return [_summarize(candidate, baseline) for candidate in report.candidates]
 
 
@@ -52,6 +57,7 @@ def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> Can
     if baseline is not None and baseline.name != record.name:
         speed = compare_speed(baseline.samples_of(Stage.END_TO_END), record.samples_of(Stage.END_TO_END))
     processes = record.processes
+    device = [process.peak_device_bytes for process in processes if process.peak_device_bytes is not None]
     # The least of several cold starts: the first one also pays for a cold disk cache.
     return CandidateSummary(
         record, stages, speed,
@@ -59,6 +65,7 @@ def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> Can
         first_picture_ns=min((process.first_picture_ns for process in processes), default=None),
         cold_start_ns=min((process.cold_start_ns for process in processes), default=None),
         peak_rss_bytes=max((process.peak_rss_bytes for process in processes), default=None),
+        peak_device_bytes=max(device, default=None),
     )  # fmt: skip
 
 
@@ -105,9 +112,9 @@ def _describe_pictures(report: BenchReport, engines: CandidateRecord) -> str:
 def agrees(report: BenchReport, record: CandidateRecord) -> tuple[bool, ...]:
     """For each picture of a candidate, whether it reaches what the fidelity verdict asks of its precision.
 
-    torch in bf16, where the bench measured it, is the second hearing.
+    torch in bf16 or fp16, where the bench measured it, is the second hearing.
     """
-    peer = report.candidate(Baseline.EAGER_BF16)
+    peer = report.candidate(Baseline.EAGER_FP16 if record.precision is Precision.FP16 else Baseline.EAGER_BF16)
     limits = find_limits(record.fidelity, record.precision, peer.fidelity if peer else ())
     return tuple(limit.holds_for(image) for limit, image in zip(limits, record.fidelity, strict=True))
 

@@ -1,40 +1,49 @@
-"""`sdopt check`: every digest, every shape, and whether this machine can run the bundle."""
+"""`sdopt check`: every digest, every shape, and whether this machine may and can run the bundle."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 
 from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents, find_damage
+from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
 from sdopt.artifacts.safetensors_file import read_header
-from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError
+from sdopt.artifacts.trust import parse_digest, remember_named
+from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
-from sdopt.model.component import TensorSpec
-from sdopt.model.recipe import BuildRecipe
+from sdopt.model.command import rebuild_command
+from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.shape import Extent
-from sdopt.pipeline.preflight import require_runnable
+from sdopt.pipeline.preflight import find_bad_plans, require_runnable, require_trusted
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`problems` are damage, `missing` is what this machine lacks; both empty means that the bundle runs here."""
+    """What keeps the bundle from running here, the first of three: `problems` are damage, `untrusted` that its plans
+    came from elsewhere, `missing` is what this machine lacks. All empty means that it runs.
+
+    `plans` are the files that TensorRT would open here, by component.
+    """
 
     folder: Path
     manifest: BundleManifest
-    problems: tuple[str, ...]
-    missing: str
-    remedy: str
+    problems: tuple[str, ...] = ()
+    untrusted: str = ""
+    missing: str = ""
+    remedy: str = ""
+    plans: Mapping[ComponentName, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
         if self.problems:
             return f"{self.folder} is damaged: {'; '.join(self.problems)}"
+        if self.untrusted:
+            return self.untrusted
         if self.missing:
             return f"{self.folder} is whole, and this machine cannot run it: {self.missing}"
         verdict = self.manifest.fidelity.verdict
@@ -42,40 +51,46 @@ class CheckReport:
         return f"{self.folder} is whole, runs on this machine, and {faithful}"
 
 
-def check_bundle(folder: Path) -> CheckReport:
-    """Read every byte of a bundle and compare it with the manifest. Raises `ArtifactError` for what is no bundle."""
+def check_bundle(folder: Path, *, trust_engines: Iterable[str] = (), machine: Machine | None = None) -> CheckReport:
+    """Read every byte of a bundle and compare it with the manifest, then ask whether this machine may and can run it.
+
+    Plans of a whole bundle that `trust_engines` names (SHA-256 of a plan or of `bundle.json`) are trusted from now on.
+    No runtime library sees a byte of the bundle. `machine` is this one by default. Raises `ArtifactError` for what is
+    no bundle, and `UsageError` for a digest that is none.
+    """
+    named = tuple(parse_digest(word) for word in trust_engines)
     manifest = read_manifest(folder)
+    if problems := _find_problems(folder, manifest):
+        return CheckReport(folder, manifest, tuple(problems), remedy=rebuild_command(manifest.recipe, folder))
+    try:
+        require_trusted(folder, manifest, named)
+    except UnsafeInputError as error:
+        return CheckReport(folder, manifest, untrusted=error.message, remedy=error.hint)
+    remember_named(folder, manifest, named)
+    try:
+        chosen = require_runnable(folder, manifest, machine)
+    except EnvironmentMissingError as error:
+        return CheckReport(folder, manifest, missing=error.message, remedy=error.hint)
+    plans = {name: tuple(dict.fromkeys(plan.file for plan in of)) for name, of in chosen.items()}
+    return CheckReport(folder, manifest, plans=plans)
+
+
+def _find_problems(folder: Path, manifest: BundleManifest) -> list[str]:
+    """Damage first: what a damaged file says of itself is not looked at."""
     problems: list[str] = []
     for count, name in enumerate(manifest.files):
         progress.update("checking the files", count / len(manifest.files))
         problems += find_damage(folder, manifest.files, only=[name])
-    if not problems:
-        try:
-            extents = bundle_extents(folder, manifest)
-            for component, record in manifest.components.items():
-                problems += _check_component(folder / component, record, extents)
-        except SdoptError as error:
-            problems.append(error.message)
-    remedy = rebuild_command(manifest.recipe, folder) if problems else ""
-    missing = ""
-    if not problems:
-        try:
-            require_runnable(manifest)
-        except EnvironmentMissingError as error:
-            missing, remedy = error.message, error.hint
-    return CheckReport(folder, manifest, tuple(problems), missing, remedy)
-
-
-def rebuild_command(recipe: BuildRecipe, folder: Path) -> str:
-    """The command line that makes a bundle again; settings that have no option are left to the recipe's defaults."""
-    flags = {"target": recipe.target, "precision": recipe.precision, "size": recipe.size, "batch": recipe.batch,
-             "vae": recipe.vae}  # fmt: skip
-    defaults = BuildRecipe()
-    words = ["sdopt", "convert", recipe.source, "-o", str(folder)]
-    for name, value in flags.items():
-        if value != getattr(defaults, name):
-            words += [f"--{name}", str(value)]
-    return shlex.join(words if recipe.verify.enabled else [*words, "--no-verify"])
+    if problems:
+        return problems
+    try:
+        extents = bundle_extents(folder, manifest)
+        for component, record in manifest.components.items():
+            problems += _check_component(folder / component, record, extents)
+        problems += find_bad_plans(folder, manifest)
+    except SdoptError as error:
+        problems.append(error.message)
+    return problems
 
 
 def _check_component(folder: Path, record: ComponentRecord, extents: Mapping[str, Extent]) -> list[str]:
@@ -111,8 +126,12 @@ def _fits(spec: TensorSpec, value: onnx.ValueInfoProto, extents: Mapping[str, Ex
 
 
 def require_whole(report: CheckReport) -> None:
-    """Raise what the report found: `ArtifactError` for damage, `EnvironmentMissingError` for this machine."""
+    """Raise what the report found: `ArtifactError` for damage, `UnsafeInputError` for plans that nobody vouched for,
+    `EnvironmentMissingError` for this machine.
+    """
     if report.problems:
         raise ArtifactError(report.sentence, hint=report.remedy)
+    if report.untrusted:
+        raise UnsafeInputError(report.sentence, hint=report.remedy)
     if report.missing:
         raise EnvironmentMissingError(report.sentence, hint=report.remedy)

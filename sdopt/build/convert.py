@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.artifacts.bundle import find_damage, record_file
-from sdopt.artifacts.files import hash_file, require_free_disk, write_file
+from sdopt.artifacts.files import require_free_disk, write_file
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import (
@@ -30,17 +29,18 @@ from sdopt.artifacts.manifest import (
 from sdopt.artifacts.store import Store, cache_root
 from sdopt.build.files import make_card, write_small_files
 from sdopt.build.graphs import find_graph, trace_missing
-from sdopt.build.parity import prove_parity
+from sdopt.build.judge import judge
+from sdopt.build.parity import prove_parity, require_runtimes
+from sdopt.build.plans.make import MadePlan, make_plans, place_plan
+from sdopt.build.plans.wanted import generations, library_version, require_builder
 from sdopt.build.resolve import BuildPlan, require_backends
 from sdopt.build.staging import Staging, drop_unknown, locked, require_ours
-from sdopt.errors import ArtifactError, ExportError, FidelityError
+from sdopt.errors import ArtifactError, ExportError
 from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.export.weights import write_weights
 from sdopt.isolation import kill_children
 from sdopt.model.component import ComponentName
 
-FIDELITY_STAGE = "fidelity"
-_FIDELITY_NAME = "fidelity.json"
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000
 
@@ -55,11 +55,16 @@ def convert(plan: BuildPlan, output: Path) -> BundleManifest:
     output = Path(os.path.abspath(output))  # `-o .` has no name, and a link in the way is no reason to follow it
     require_ours(output)
     require_backends(plan)
+    if plan.recipe.verify.enabled:
+        require_runtimes(plan)
+    if plan.recipe.target.runtime.makes_plans:
+        require_builder(plan)
     with locked(output, cache):
         if (finished := find_finished(plan, output)) is not None:
             return finished
         weights_bytes = sum(part.weights_bytes for part in plan.components.values())
-        require_free_disk(output.parent, weights_bytes + _SMALL_FILES_BYTES)
+        plans_bytes = weights_bytes * len(plan.profiles) * len(generations(plan))
+        require_free_disk(output.parent, weights_bytes + plans_bytes + _SMALL_FILES_BYTES)
         staging = Staging(output)
         manifest = _build(plan, Store(cache), staging, cache)
         staging.publish()
@@ -74,18 +79,23 @@ def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> Bund
     if plan.recipe.verify.enabled:
         digests = {name: record.sha256 for name, record in weights.items()}
         parity = prove_parity(plan, store, staging.folder, staging.work, digests)
+    audits = {name: audit for name, (_, audit) in found.items()}
+    made = make_plans(plan, store, cache, staging.folder, audits, weights)
+    for each in made:
+        place_plan(each, staging.folder)
     components = {
         name: ComponentRecord(
-            spec=part.spec, precision=part.precision, backend=part.backend, architecture=part.architecture,
-            weights_key=part.weights_key, audit=found[name][1], parity=parity.get(name),
+            spec=part.spec, precision=part.precision, precision_reason=part.precision_reason, backend=part.backend,
+            architecture=part.architecture, weights_key=part.weights_key, audit=audits[name], parity=parity.get(name),
+            plans=tuple(record for each in made if each.component is name for record in each.records),
         )
         for name, part in plan.components.items()
     }  # fmt: skip
-    draft = _draft_manifest(plan, staging.output.name, components, weights)
-    fidelity = _judge(draft, store, staging)
+    draft = _draft_manifest(plan, staging.output.name, components, weights, made)
+    fidelity = judge(draft, store, staging)
     manifest = draft.model_copy(update={"fidelity": fidelity})
     write_file(staging.folder / "README.md", make_card(manifest).encode())
-    manifest = manifest.model_copy(update={"files": _record_files(staging.folder, plan, weights)})
+    manifest = manifest.model_copy(update={"files": _record_files(staging.folder, plan, weights, made)})
     write_manifest(staging.folder, manifest)
     return manifest
 
@@ -134,8 +144,9 @@ def _require_graph(store: Store, plan: BuildPlan, name: ComponentName) -> tuple[
 
 def _draft_manifest(
     plan: BuildPlan, name: str, components: dict[ComponentName, ComponentRecord],
-    weights: Mapping[ComponentName, FileRecord],
+    weights: Mapping[ComponentName, FileRecord], plans: Sequence[MadePlan],
 ) -> BundleManifest:  # fmt: skip
+    """The manifest as the verdict needs it: plans are opened by their digests, the other files are not asked for."""
     checkpoint = plan.checkpoint
     assert checkpoint.prediction is not None
     digest = digest_of({component: record.sha256 for component, record in weights.items()})
@@ -151,50 +162,19 @@ def _draft_manifest(
         profiles=plan.profiles,
         dialect=plan.recipe.dialect,
         components=components,
-        files={},
+        files={made.records[0].file: made.file for made in plans},
         fidelity=FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off by --no-verify or the recipe"),
         environment=describe_machine(),
     )
 
 
-def _judge(draft: BundleManifest, store: Store, staging: Staging) -> FidelityRecord:
-    """The verdict, from the store or by drawing. Raises `FidelityError` where it is no pass."""
-    if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
-        return draft.fidelity
-    key = _fidelity_key(draft, staging.folder)
-    folder = store.find(FIDELITY_STAGE, key)
-    if folder is None:
-        from sdopt.fidelity.verdict import judge_fidelity
-
-        record = judge_fidelity(staging.folder, draft, staging.work)
-        if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
-            store.put(FIDELITY_STAGE, key, {_FIDELITY_NAME: json.dumps(record.model_dump(mode="json")).encode()})
-    else:
-        record = FidelityRecord.model_validate_json((folder / _FIDELITY_NAME).read_bytes())
-    if record.verdict is Verdict.FAIL:
-        raise FidelityError(
-            f"the engines do not draw what torch draws: {record.reason}",
-            hint="try --precision fp32; --no-verify publishes the bundle without a verdict",
-        )
-    return record
-
-
-def _fidelity_key(draft: BundleManifest, folder: Path) -> str:
-    """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt."""
-    dump = draft.model_dump(mode="json")
-    parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}
-    environment = dump["environment"]
-    texts = sorted([*folder.glob("scheduler/*"), *folder.glob("tokenizer*/*")])
-    return digest_of(
-        [parts, dump["source"]["digest"], dump["recipe"]["verify"], dump["prediction"], environment["libraries"],
-         environment["processor"], environment["cpu_features"], environment["sdopt"],
-         [[path.relative_to(folder).as_posix(), hash_file(path)] for path in texts]]
-    )  # fmt: skip
-
-
-def _record_files(folder: Path, plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) -> dict[str, FileRecord]:
+def _record_files(
+    folder: Path, plan: BuildPlan, weights: Mapping[ComponentName, FileRecord], plans: Sequence[MadePlan]
+) -> dict[str, FileRecord]:
     known = {f"{name}/{WEIGHTS_NAME}": record for name, record in weights.items()}
-    keep = {f"{name}/{file}" for name in plan.components for file in (WEIGHTS_NAME, "model.onnx", "config.json")}
+    known |= {made.records[0].file: made.file for made in plans}
+    keep = set(known)
+    keep |= {f"{name}/{file}" for name in plan.components for file in ("model.onnx", "config.json")}
     keep |= {"model_index.json", "README.md", "scheduler/scheduler_config.json"}
     for kind in plan.checkpoint.tokenizers:
         keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}
@@ -217,6 +197,7 @@ def find_finished(plan: BuildPlan, output: Path) -> BundleManifest | None:
         and all(
             (record.architecture, record.weights_key, record.backend)
             == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
+            and all(made.version == library_version(plan) for made in record.plans)
             for name, record in manifest.components.items()
         )
     )

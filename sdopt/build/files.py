@@ -18,6 +18,7 @@ from sdopt.checkpoint.model import Checkpoint
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, has_projection
 from sdopt.model.family import Family
+from sdopt.model.shape import describe_profiles
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
@@ -82,7 +83,6 @@ def make_card(manifest: BundleManifest) -> str:
     # A card is published with its bundle: it names the file, not the folders of whoever built it.
     local = manifest.source.kind != "huggingface"
     origin = Path(manifest.source.location).name if local else manifest.source.location
-    profile = manifest.profile
     lines = [
         "---",
         f"license: {licence or 'other'}",
@@ -95,9 +95,10 @@ def make_card(manifest: BundleManifest) -> str:
         f"A bundle of engines that sdopt {__version__} made from `{origin}` "
         f"({manifest.family}, {manifest.prediction}{', inpainting' if manifest.inpainting else ''}).",
         "",
-        f"- size: {profile.width_px.opt}x{profile.height_px.opt} px, batch {profile.batch.opt}",
+        f"- size: {describe_profiles(manifest.profiles)}",
         *(
             f"- {name}: {record.precision} on {record.backend.kind}, {record.audit.attention_nodes} attention nodes"
+            + (f"; {record.precision_reason}" if record.precision_reason else "")
             for name, record in manifest.components.items()
         ),
         f"- fidelity against torch fp32: **{manifest.fidelity.verdict}**. {manifest.fidelity.reason}",

@@ -1,25 +1,43 @@
-"""`sdopt inspect`: what is this? A bundle, an ONNX graph or a checkpoint, as one JSON-able table."""
+"""`sdopt inspect`: what is this? A bundle, an ONNX graph, a plan or a checkpoint, as one JSON-able table."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
+from sdopt.artifacts.plan_header import read_plan_header
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.graph.audit import check_graph_file
 
 
 def inspect_source(source: str) -> dict[str, Any]:
-    """`kind` is bundle, onnx or checkpoint; the rest depends on it. Raises `CheckpointError` for anything else."""
+    """`kind` is bundle, onnx, plan or checkpoint; the rest depends on it. Raises `CheckpointError` for other things."""
     path = Path(source).expanduser()
     if (path / MANIFEST_NAME).is_file():
         return {"kind": "bundle", **read_manifest(path).model_dump(mode="json")}
     if path.suffix == ".onnx" and path.is_file():
         return _inspect_graph(path)
+    if path.suffix in (".plan", ".engine", ".trt") and path.is_file():
+        return _inspect_plan(path)
     return _inspect_checkpoint(source)
+
+
+def _inspect_plan(path: Path) -> dict[str, Any]:
+    """From its first bytes; no TensorRT is imported. What the header does not say is left out."""
+    header = read_plan_header(path)
+    table: dict[str, Any] = {"kind": "plan", "bytes": path.stat().st_size, "sha256": hash_file(path)}
+    if header is None:
+        return table | {"flavour": "unknown: its header has none of the layouts that sdopt knows"}
+    known = {key: value for key, value in dataclasses.asdict(header).items() if value not in ("", None)}
+    written_bytes = known.pop("size_bytes", table["bytes"])
+    if written_bytes != table["bytes"]:
+        known["damage"] = f"its own header says {written_bytes} bytes"
+    return table | known
 
 
 def _inspect_graph(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from sdopt import progress
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.build.resolve import BuildPlan, resolve_build
+from sdopt.build.vae_precision import choose_vae_precisions
 from sdopt.checkpoint.infer import sample_size
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.checkpoint.scheduler import with_prediction
@@ -31,7 +32,9 @@ def open_plan(recipe: BuildRecipe) -> BuildPlan:
     checkpoint = open_checkpoint(recipe.source, vae=recipe.vae, prediction=recipe.prediction)
     if checkpoint.prediction is None:
         checkpoint = _probe_prediction(checkpoint)
-    return resolve_build(checkpoint, recipe)
+    plan = resolve_build(checkpoint, recipe)
+    chosen = choose_vae_precisions(plan)
+    return resolve_build(checkpoint, recipe, chosen) if chosen else plan
 
 
 def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:

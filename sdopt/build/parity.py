@@ -18,13 +18,13 @@ from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.artifacts.store import Store
 from sdopt.backends.open import probe_backend
 from sdopt.build.resolve import BuildPlan
-from sdopt.errors import ParityError
+from sdopt.errors import MissingDependency, ParityError
 from sdopt.isolation import JsonTable, run_isolated
-from sdopt.model.component import ComponentName, ComponentSpec
+from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
-from sdopt.model.shape import Extent
+from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
 
 STAGE = "parity"
 _RECORD_NAME = "parity.json"
@@ -32,31 +32,79 @@ _RECORD_NAME = "parity.json"
 
 @dataclass(frozen=True)
 class ParityJob:
-    """One component for both children. `folder` holds its graph and weights, `tensors` are the checkpoint's."""
+    """One component for both children, compared at the usual sizes of each of `points`.
+
+    `folder` holds its graph and weights, `tensors` are the checkpoint's.
+    """
 
     spec: ComponentSpec
     config: dict[str, Any]
     family: Family
     extents: dict[str, Extent]
+    points: list[dict[str, Extent]]
     tensors: dict[str, TensorRef]
     folder: Path
     graph_dtype: DType
+    runtime: BackendSettings
 
 
 _JOBS = TypeAdapter(list[ParityJob])
-_SETTINGS: TypeAdapter[BackendSettings] = TypeAdapter(BackendSettings)
 
 
-def choose_runtime() -> BackendSettings:
-    """The runtime that parity runs on, in fp32: ONNX Runtime, which needs a quarter less memory, else OpenVINO."""
-    if probe_backend(OnnxRuntimeSettings()).available:
+def choose_runtime(graph_dtype: DType) -> BackendSettings:
+    """The runtime that parity runs on: ONNX Runtime, which needs a quarter less memory, else OpenVINO.
+
+    A graph that is typed bf16 is read by OpenVINO alone: it computes in the graph's types, with or without the hint.
+    """
+    if graph_dtype is not DType.BF16 and probe_backend(OnnxRuntimeSettings()).available:
         return OnnxRuntimeSettings(low_memory=True)
     return OpenVINOSettings()
 
 
+def require_runtimes(plan: BuildPlan) -> None:
+    """Raise `MissingDependency` before the work, where no runtime here can run one of the graphs."""
+    for part in plan.components.values():
+        probe = probe_backend(choose_runtime(part.graph_dtype))
+        if not probe.available:
+            raise MissingDependency(probe.missing, hint=probe.remedy)
+
+
 def parity_key(plan: BuildPlan, name: ComponentName, weights_sha256: str, runtime: BackendSettings) -> str:
     version = probe_backend(runtime).version
-    return digest_of([plan.components[name].architecture, weights_sha256, runtime.kind, version])
+    axes = plan.components[name].spec.named_axes
+    points = [{axis: point[axis].opt for axis in axes} for point in list_points(plan, name)]
+    return digest_of([plan.components[name].architecture, weights_sha256, runtime.kind, version, points])
+
+
+def list_points(plan: BuildPlan, name: ComponentName) -> list[dict[str, Extent]]:
+    """What a component is compared at, as sizes of the named axes: the usual size of every profile and every prompt
+    length, each once.
+
+    A graph with symbolic axes may be right at the sizes that it was traced at and wrong at others, so a range is
+    entered a second time, away from its usual size and not square.
+    """
+    vae = plan.components[ComponentName.VAE_DECODER].config
+    multiple_px = vae_factor(vae) * unet_factor(plan.components[ComponentName.UNET].config)
+    sizes = list(dict.fromkeys(size for profile in plan.profiles for size in _sizes_in(profile, multiple_px)))
+    chunks = plan.profile.chunk_counts
+    points: dict[tuple[Extent, ...], dict[str, Extent]] = {}
+    for place in range(max(len(sizes), len(chunks))):
+        width_px, height_px = sizes[place] if place < len(sizes) else sizes[0]
+        tokens = CHUNK_TOKENS * (chunks[place] if place < len(chunks) else chunks[0])
+        batch = plan.profile.batch.opt
+        profile = ShapeProfile.static(width_px=width_px, height_px=height_px, batch=batch, tokens=tokens)
+        extents = profile.axis_extents(vae_factor(vae))
+        points.setdefault(tuple(extents[axis] for axis in plan.components[name].spec.named_axes), extents)
+    return list(points.values())
+
+
+def _sizes_in(profile: ShapeProfile, multiple_px: int) -> list[tuple[int, int]]:
+    def move(extent: Extent, *steps: int) -> int:
+        # Smaller first: it costs less.
+        return next((side for step in steps if (side := extent.opt + step * multiple_px) in extent), extent.opt)
+
+    width_px, height_px = profile.width_px, profile.height_px
+    return [(width_px.opt, height_px.opt), (move(width_px, -1, 1), move(height_px, -2, 2, -1, 1))]
 
 
 def find_parity(store: Store, key: str) -> ParityRecord | None:
@@ -68,12 +116,14 @@ def prove_parity(
     plan: BuildPlan, store: Store, staging: Path, work: Path, weights: Mapping[ComponentName, str]
 ) -> dict[ComponentName, ParityRecord]:
     """A record for every component, from the store or measured. Raises `ParityError` naming the first that fails."""
-    runtime = choose_runtime()
-    keys = {name: parity_key(plan, name, weights[name], runtime) for name in plan.components}
+    keys = {
+        name: parity_key(plan, name, weights[name], choose_runtime(part.graph_dtype))
+        for name, part in plan.components.items()
+    }
     records = {name: record for name, key in keys.items() if (record := find_parity(store, key))}
     missing = [name for name in plan.components if name not in records]
     if missing:
-        for name, record in _measure(plan, missing, runtime, staging, work).items():
+        for name, record in _measure(plan, missing, staging, work).items():
             if record.passed:  # a failure is looked at again: it may have been a fault of this run
                 store.put(STAGE, keys[name], {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
             records[name] = record
@@ -84,13 +134,12 @@ def prove_parity(
 
 
 def _measure(
-    plan: BuildPlan, names: list[ComponentName], runtime: BackendSettings, staging: Path, work: Path
+    plan: BuildPlan, names: list[ComponentName], staging: Path, work: Path
 ) -> dict[ComponentName, ParityRecord]:
     jobs = [_describe_job(plan, name, staging) for name in names]
     arguments = {
         "jobs": _JOBS.dump_python(jobs, mode="json"),
         "work": str(work),
-        "runtime": _SETTINGS.dump_python(runtime, mode="json"),
     }
     run_isolated("sdopt.build.parity:run_torch_in_child", arguments)
     outcome = run_isolated("sdopt.build.parity:run_engines_in_child", arguments)
@@ -100,8 +149,8 @@ def _measure(
 def _describe_job(plan: BuildPlan, name: ComponentName, staging: Path) -> ParityJob:
     part = plan.components[name]
     return ParityJob(
-        part.spec, dict(part.config), plan.checkpoint.family, dict(plan.extents), dict(part.tensors), staging / name,
-        part.graph_dtype,
+        part.spec, dict(part.config), plan.checkpoint.family, dict(plan.extents), list_points(plan, name),
+        dict(part.tensors), staging / name, part.graph_dtype, choose_runtime(part.graph_dtype),
     )  # fmt: skip
 
 
@@ -118,16 +167,17 @@ def _describe_failure(name: ComponentName, record: ParityRecord) -> ParityError:
 
 
 def run_torch_in_child(arguments: JsonTable) -> JsonTable:
-    """Entry of the first child: torch's outputs for each job, saved under `work`."""
-    from sdopt.export.parity import make_inputs, run_reference
+    """Entry of the first child: torch's outputs for each job and point, saved under `work`."""
+    from sdopt.export.parity import load_reference, make_inputs, run_reference
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     for done, job in enumerate(jobs):
         progress.update(f"parity: torch runs {job.spec.name}", done / len(jobs))
-        inputs = make_inputs(job.spec, job.config, job.extents)
-        run_reference(
-            job.spec, job.config, job.tensors, inputs, Path(arguments["work"]) / f"{job.spec.name}.safetensors"
-        )
+        network = load_reference(job.spec, job.config, job.tensors)
+        for place, point in enumerate(job.points):
+            inputs = make_inputs(job.spec, job.config, point)
+            run_reference(network, job.spec, inputs, _output_file(arguments, job, place))
+        del network
         gc.collect()
     return {}
 
@@ -138,18 +188,24 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
 
     from sdopt.backends.open import open_session
     from sdopt.backends.protocol import ComponentFiles
-    from sdopt.export.parity import compare_outputs, make_inputs
+    from sdopt.export.parity import compare_outputs, make_inputs, worst_of
 
     jobs = _JOBS.validate_python(arguments["jobs"])
-    runtime = _SETTINGS.validate_python(arguments["runtime"])
     records: JsonTable = {}
     for done, job in enumerate(jobs):
-        progress.update(f"parity: {runtime.kind} runs {job.spec.name}", done / len(jobs))
-        inputs = make_inputs(job.spec, job.config, job.extents)
+        progress.update(f"parity: {job.runtime.kind} runs {job.spec.name}", done / len(jobs))
         files = ComponentFiles(job.folder, job.spec, job.config, job.family, job.extents)
-        with open_session(files, runtime) as session:
-            outputs = session.run(inputs)
-        expected = load_file(Path(arguments["work"]) / f"{job.spec.name}.safetensors")
-        record = compare_outputs(job.spec, expected, outputs, runtime=runtime.kind, graph_dtype=job.graph_dtype)
-        records[job.spec.name] = record.model_dump(mode="json")
+        compared: list[ParityRecord] = []
+        with open_session(files, job.runtime) as session:
+            for place, point in enumerate(job.points):
+                outputs = session.run(make_inputs(job.spec, job.config, point))
+                expected = load_file(_output_file(arguments, job, place))
+                compared.append(
+                    compare_outputs(job.spec, expected, outputs, runtime=job.runtime.kind, graph_dtype=job.graph_dtype)
+                )
+        records[job.spec.name] = worst_of(compared).model_dump(mode="json")
     return records
+
+
+def _output_file(arguments: JsonTable, job: ParityJob, place: int) -> Path:
+    return Path(arguments["work"]) / f"{job.spec.name}-{place}.safetensors"

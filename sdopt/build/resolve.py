@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 from sdopt.artifacts.fingerprint import digest_of
@@ -47,6 +48,14 @@ _GRAPH_FORMAT = 1
 
 
 @dataclass(frozen=True)
+class PrecisionChoice:
+    """A precision that sdopt found out to be right for one component, and why."""
+
+    precision: Precision
+    reason: str
+
+
+@dataclass(frozen=True)
 class ComponentPlan:
     """One component, decided. `architecture` keys its graph, `weights_key` its weight file."""
 
@@ -57,6 +66,7 @@ class ComponentPlan:
     backend: BackendSettings
     architecture: str
     weights_key: str
+    precision_reason: str = ""
 
     @property
     def graph_dtype(self) -> DType:
@@ -83,8 +93,13 @@ class BuildPlan:
         return self.recipe.dynamic or not self.profile.is_static
 
 
-def resolve_build(checkpoint: Checkpoint, recipe: BuildRecipe) -> BuildPlan:
-    """Decide sizes, precisions and runtimes. Raises `ShapeError` and `RecipeError` for what cannot be had."""
+def resolve_build(
+    checkpoint: Checkpoint, recipe: BuildRecipe, chosen: Mapping[ComponentName, PrecisionChoice] = MappingProxyType({})
+) -> BuildPlan:
+    """Decide sizes, precisions and runtimes; `chosen` stands above the recipe's precision.
+
+    Raises `ShapeError` and `RecipeError` for what cannot be had.
+    """
     vae = checkpoint.components[ComponentName.VAE_DECODER].config
     unet = checkpoint.components[ComponentName.UNET].config
     profiles = _resolve_profiles(recipe, unet, vae, checkpoint.family)
@@ -94,7 +109,9 @@ def resolve_build(checkpoint: Checkpoint, recipe: BuildRecipe) -> BuildPlan:
     extents = profile.axis_extents(vae_factor(vae))
     names = [name for name in ComponentName if name in checkpoint.components]
     dynamic = recipe.dynamic or not profile.is_static
-    components = {name: _resolve_component(name, checkpoint, recipe, extents, dynamic) for name in names}
+    components = {
+        name: _resolve_component(name, checkpoint, recipe, extents, dynamic, chosen.get(name)) for name in names
+    }
     return BuildPlan(checkpoint, recipe, profile, profiles, extents, components)
 
 
@@ -118,16 +135,19 @@ def _resolve_profiles(recipe: BuildRecipe, unet: Config, vae: Config, family: Fa
 
 
 def _resolve_component(
-    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent], dynamic: bool
-) -> ComponentPlan:
+    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent], dynamic: bool,
+    chosen: PrecisionChoice | None,
+) -> ComponentPlan:  # fmt: skip
     source = checkpoint.components[name]
-    backend = _resolve_backend(recipe.target, recipe.precision_of(name))
-    precision = _precision_of(backend, recipe.precision_of(name))
+    asked = recipe.precision_of(name) if chosen is None else chosen.precision
+    backend = _resolve_backend(recipe.target, asked)
+    precision = _precision_of(backend, asked)
     dtype = graph_dtype(precision, backend)
     spec = describe_component(name, source.config, checkpoint.family, dtype)
     architecture = _architecture_key(source.config, spec, extents, source.tensors, dtype, recipe.dialect, dynamic)
     weights_key = digest_of([_tensor_identity(name, ref, dtype) for name, ref in sorted(source.tensors.items())])
-    return ComponentPlan(spec, source.config, source.tensors, precision, backend, architecture, weights_key)
+    reason = "" if chosen is None else chosen.reason
+    return ComponentPlan(spec, source.config, source.tensors, precision, backend, architecture, weights_key, reason)
 
 
 def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
@@ -142,6 +162,13 @@ def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
         case Precision.BF16, TensorRTSettings():
             return DType.BF16
     return DType.FP32
+
+
+def needs_gpu(backend: BackendSettings) -> bool:
+    match backend:
+        case TensorRTSettings() | OnnxRuntimeSettings(device="cuda") | TorchSettings(device="cuda"):
+            return True
+    return False
 
 
 def _resolve_backend(target: Target, precision: Precision) -> BackendSettings:
@@ -177,8 +204,13 @@ def _precision_of(backend: BackendSettings, asked: Precision) -> Precision:
 
 
 def require_backends(plan: BuildPlan) -> None:
-    """Raise `EnvironmentMissingError` before the work, where a runtime or the arithmetic that it needs is missing."""
+    """Raise `EnvironmentMissingError` before the work, where a runtime or the arithmetic that it needs is missing.
+
+    Engines for a GPU are built without one: what that needs is for `build.plans` to say.
+    """
     for name, component in plan.components.items():
+        if needs_gpu(component.backend):
+            continue
         probe = probe_backend(component.backend)
         if not probe.available:
             raise MissingDependency(probe.missing, hint=probe.remedy)

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdopt.artifacts.store import Store, cache_root
 from sdopt.build.convert import find_finished
 from sdopt.build.graphs import find_graph
+from sdopt.build.plans.wanted import generations, peak_bytes
 from sdopt.build.resolve import BuildPlan, ComponentPlan
 from sdopt.build.staging import Staging
 from sdopt.model.component import ComponentName
@@ -19,6 +20,7 @@ _COPY_BYTES_PER_S = 250e6
 _TRACE_FIXED_S, _TRACE_S_PER_TENSOR = 2.0, 0.012
 _TRACE_BYTES = 600_000_000
 _COPY_BYTES = 150_000_000
+_PLAN_FIXED_S, _PLAN_BYTES_PER_S = 2.0, 90e6
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Step:
     disk_bytes: int
     memory_bytes: int
     expected_s: float
+    note: str = ""
+    """The component's precision and why, where sdopt chose it."""
 
 
 def list_steps(plan: BuildPlan, output: Path) -> list[Step]:
@@ -48,6 +52,7 @@ def _list_steps(plan: BuildPlan, output: Path, store: Store) -> list[Step]:
     for name, part in plan.components.items():
         steps.append(_weights_step(name, part, output))
         steps.append(_graph_step(name, part, store))
+    steps += _plan_steps(plan)
     if plan.recipe.verify.enabled:
         for name, part in plan.components.items():
             # fp32 weights on both sides, one process after the other.
@@ -72,7 +77,20 @@ def _weights_step(name: ComponentName, part: ComponentPlan, output: Path) -> Ste
 def _graph_step(name: ComponentName, part: ComponentPlan, store: Store) -> Step:
     found = find_graph(store, part.architecture) is not None
     seconds = 0.0 if found else _TRACE_FIXED_S + _TRACE_S_PER_TENSOR * len(part.tensors)
-    return Step("graph", name, part.architecture, found, len(part.tensors) * 1000, _TRACE_BYTES, seconds)
+    note = f"{part.precision}, {part.precision_reason}" if part.precision_reason else ""
+    return Step("graph", name, part.architecture, found, len(part.tensors) * 1000, _TRACE_BYTES, seconds, note)
+
+
+def _plan_steps(plan: BuildPlan) -> list[Step]:
+    """One for each plan. Whether the store has it is known only with the digest of its weights."""
+    per_component = len(plan.profiles) * len(generations(plan))
+    steps: list[Step] = []
+    for name, part in plan.components.items():
+        memory = peak_bytes(part.weights_bytes)
+        seconds = _PLAN_FIXED_S + part.weights_bytes / _PLAN_BYTES_PER_S
+        step = Step("plan", name, part.architecture, False, part.weights_bytes, memory, seconds)
+        steps += [step] * per_component
+    return steps
 
 
 def _fp32_bytes(part: ComponentPlan) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from sdopt import progress
-from sdopt.cli.text import neutralise
+from sdopt.cli.text import TRUST_ENGINE_HELP, neutralise
 from sdopt.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--against",
-    default="eager-fp32,eager-bf16,compile",
-    show_default=True,
     metavar="LIST",
-    help="What of torch to measure beside the engines.",
+    help="What of torch to measure beside the engines.  [default: eager-fp32,eager-bf16,compile; beside engines of a "
+    "GPU eager-fp16,compile]",
 )
 @click.option(
     "--repeats", type=click.IntRange(1, 100), default=2, show_default=True, help="Processes for each candidate."
@@ -49,15 +48,17 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="For each process; a candidate that takes longer is reported as failed.",
 )
+@click.option("--trust-engine", "trust_engines", multiple=True, metavar="SHA256", help=TRUST_ENGINE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on standard output.")
 def bench(
     folder: Path,
     report: Path | None,
-    against: str,
+    against: str | None,
     repeats: int,
     steps: int,
     prompts: tuple[str, ...],
     time_limit_s: float,
+    trust_engines: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Measure the bundle in FOLDER: latency by stage, memory, and the pictures, beside torch on the same
@@ -71,12 +72,13 @@ def bench(
 
     request = BenchRequest(
         folder,
-        parse_against(against),
+        None if against is None else parse_against(against),
         prompts,
         steps,
         repeats,
         time_limit_s,
         command=shlex.join(["sdopt", *sys.argv[1:]]),
+        trust_engines=trust_engines,
     )
     if report is not None:
         _prepare(report)
@@ -144,9 +146,12 @@ def _print_table(report: BenchReport) -> None:
         title=escape(neutralise(f"{report.case.bundle}, {report.case.steps} steps")),
         title_justify="left",
     )
-    for column in ("", "one call", "UNet step", "speed", "cold start", "memory", "PSNR"):
+    rows = summarize_candidates(report)
+    on_gpu = any(row.peak_device_bytes is not None for row in rows)
+    memory = ("memory", "GPU memory") if on_gpu else ("memory",)
+    for column in ("", "one call", "UNet step", "speed", "cold start", *memory, "PSNR"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in summarize_candidates(report):
+    for row in rows:
         if row.record.status is not Status.OK or row.whole is None:
             table.add_row(escape(row.record.label), row.record.status.value)
             continue
@@ -158,6 +163,7 @@ def _print_table(report: BenchReport) -> None:
             f"{row.speed.value:.2f}x" if row.speed else NOT_MEASURED,
             format_ns(row.cold_start_ns),
             format_bytes(row.peak_rss_bytes),
+            *([format_bytes(row.peak_device_bytes)] if on_gpu else []),
             NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db),
         )
     console = Console(stderr=True)

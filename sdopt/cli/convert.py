@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from sdopt import progress
-from sdopt.artifacts.files import write_file
+from sdopt.artifacts.files import hash_file, write_file
 from sdopt.cli.text import neutralise
 from sdopt.errors import RecipeError
 from sdopt.model.recipe import BuildRecipe, parse_recipe
@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: engines/NAME]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with any of the settings.")
-@click.option("--target", metavar="NAME", help="cpu (the fastest runtime here), openvino, onnxruntime.")
+@click.option("--target", metavar="NAME", help="cpu, openvino, onnxruntime, cuda, tensorrt, rtx, rtx:sm86,sm89.")
 @click.option("--precision", metavar="NAME", help="auto, fp32, bf16, fp16.")
-@click.option("--size", metavar="WxH", help="Pixels.  [default: the model's own]")
+@click.option(
+    "--size", metavar="SIZES", help="WxH pixels, several as WxH,WxH, a range as WxH..WxH.  [default: the model's own]"
+)
 @click.option("--batch", type=int, help="Pictures a run.  [default: 1]")
+@click.option("--tokens", type=int, help="Longest prompt: 77, 154 or 231 tokens.  [default: 77]")
 @click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder or a single file.")
+@click.option("--require-fused", is_flag=True, default=None, help="Refuse attention without a dedicated kernel.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory that building engines may take, as in 12GiB.")
 @click.option("--no-verify", is_flag=True, help="Publish without parity and fidelity; the manifest says so.")
 @click.option("--save-recipe", type=click.Path(path_type=Path), help="Write what ran as a TOML recipe.")
 @click.option("--dry-run", is_flag=True, help="Show the steps, and do none.")
@@ -115,6 +120,9 @@ def _show_steps(steps: list[Step], as_json: bool) -> None:
             f"{step.memory_bytes / 1e6:,.0f}", todo,
         )  # fmt: skip
     Console(stderr=True).print(table)
+    for step in steps:
+        if step.note:
+            print(f"{step.component}: {step.note}", file=sys.stderr)
 
 
 def _show_bundle(output: Path, manifest: BundleManifest) -> None:
@@ -122,8 +130,22 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
         parity = (
             f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
         )
-        print(f"{name}: {record.precision} on {record.backend.kind}, {parity}", file=sys.stderr)
+        reason = f" ({record.precision_reason})" if record.precision_reason else ""
+        print(f"{name}: {record.precision} on {record.backend.kind}{reason}, {parity}", file=sys.stderr)
     print(neutralise(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}"), file=sys.stderr)
+    print(neutralise("\n".join(_next_steps(output, manifest))), file=sys.stderr)
+
+
+def _next_steps(output: Path, manifest: BundleManifest) -> list[str]:
+    from sdopt.artifacts.gpu import find_gpus
+    from sdopt.artifacts.manifest import MANIFEST_NAME
+    from sdopt.build.resolve import needs_gpu
+
     folder = shlex.quote(str(output))
-    lines = (f"\n{output} is ready. Next:", f'  sdopt generate {folder} "a prompt"', f"  sdopt bench {folder}")
-    print(neutralise("\n".join(lines)), file=sys.stderr)
+    if find_gpus() or not any(needs_gpu(record.backend) for record in manifest.components.values()):
+        return [f"\n{output} is ready. Next:", f'  sdopt generate {folder} "a prompt"', f"  sdopt bench {folder}"]
+    lines = [f"\n{output} is ready for a machine with the GPU. Copy it there; then, there:"]
+    if any(record.plans for record in manifest.components.values()):
+        # The digest of the manifest, which names those of all plans: it is told here, and asked for there.
+        lines.append(f"  sdopt check FOLDER --trust-engine {hash_file(output / MANIFEST_NAME)}")
+    return [*lines, "  sdopt bench FOLDER"]

@@ -12,7 +12,9 @@ import rich_click as click
 
 from sdopt import progress
 from sdopt.artifacts.files import disk_errors
+from sdopt.cli.text import TRUST_ENGINE_HELP
 from sdopt.errors import UsageError
+from sdopt.model.shape import parse_size
 from sdopt.pipeline.generate import GenerateRequest, parse_request
 from sdopt.pipeline.schedulers import SchedulerName
 
@@ -38,12 +40,14 @@ _NAMES = ", ".join(SchedulerName)
 @click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
 @click.option("--scale", type=float, help="How strongly the prompt guides; up to 1 is not at all.  [default: 7.5]")
 @click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
+@click.option("--size", metavar="WxH", help="One that the bundle was built for.  [default: its first]")
 @click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
     type=click.Path(path_type=Path),
     help="Draw a PNG file again; options and prompts given replace its own.",
 )
+@click.option("--trust-engine", "trust_engines", multiple=True, metavar="SHA256", help=TRUST_ENGINE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print what was drawn as JSON.")
 def generate(
     folder: Path,
@@ -53,14 +57,16 @@ def generate(
     steps: int | None,
     scale: float | None,
     seed: int | None,
+    size: str | None,
     scheduler: str | None,
     from_image: Path | None,
+    trust_engines: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Draw a picture for each PROMPT with the bundle in FOLDER.
 
-    Pictures are numbered and never overwrite another; several are put on one sheet, too. Their size is the one that the
-    bundle was built for.
+    Pictures are numbered and never overwrite another; several are put on one sheet, too. A prompt may have as many
+    tokens as the bundle was built for: 75, or with --tokens of sdopt convert up to 225.
     """
     flags = {
         "negative_prompt": negative,
@@ -70,6 +76,8 @@ def generate(
         "scheduler": scheduler,
     }
     given = {name: value for name, value in flags.items() if value is not None}
+    if size is not None:
+        given["width_px"], given["height_px"] = parse_size(size)
     recipe = _read(from_image)
     requests = _make_requests(recipe, prompts, given)
     if output.suffix.lower() == ".png":
@@ -78,7 +86,7 @@ def generate(
             hint=f"sdopt numbers and names the pictures: -o {output.parent}",
         )
     with progress.shown_on_stderr():
-        drawn = _draw_into(folder, output, requests, recipe)
+        drawn = _draw_into(folder, output, requests, recipe, trust_engines)
     grid = _write_grid([Path(picture["path"]) for picture in drawn])
     if as_json:
         print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": drawn, "grid": grid}))
@@ -123,14 +131,18 @@ def _make_requests(
 
 
 def _draw_into(
-    folder: Path, output: Path, requests: list[GenerateRequest], recipe: PictureRecipe | None
+    folder: Path,
+    output: Path,
+    requests: list[GenerateRequest],
+    recipe: PictureRecipe | None,
+    trust_engines: tuple[str, ...],
 ) -> list[dict[str, Any]]:
     from sdopt.pipeline.generate import generate_all
     from sdopt.pipeline.load import close_engines, load_pipeline
     from sdopt.pipeline.opened import opened_bundle
 
     _make_folder(output)
-    pipe = load_pipeline(folder)
+    pipe = load_pipeline(folder, trust_engines=trust_engines)
     try:
         pipe.set_progress_bar_config(disable=True)
         bundle = opened_bundle(pipe)

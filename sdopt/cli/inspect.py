@@ -6,15 +6,17 @@ import json
 from typing import Any
 
 import rich_click as click
+from pydantic import TypeAdapter
 
 from sdopt.cli.text import neutralise
+from sdopt.model.shape import ShapeProfile, describe_profiles
 
 
 @click.command()
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print all that is known as JSON on stdout.")
 def inspect(source: str, as_json: bool) -> None:
-    """Say what SOURCE is: a bundle, an ONNX graph or a checkpoint, and what is in it."""
+    """Say what SOURCE is: a bundle, an ONNX graph, a TensorRT plan or a checkpoint, and what is in it."""
     from sdopt.build.inspect import inspect_source
 
     table = inspect_source(source)
@@ -33,18 +35,35 @@ def inspect(source: str, as_json: bool) -> None:
 
 def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:
     """The manifest without what only a program wants to read."""
-    profile = table["profile"]
     summary = {key: table[key] for key in ("family", "prediction", "inpainting", "created_utc")}
     summary["source"] = table["source"]["location"]
     summary["licence"] = table["source"]["licence"] or "not stated"
-    summary["size"] = f"{profile['width_px']['opt']}x{profile['height_px']['opt']} px, batch {profile['batch']['opt']}"
+    summary["size"] = describe_profiles(TypeAdapter(tuple[ShapeProfile, ...]).validate_python(table["profiles"]))
     for name, part in table["components"].items():
         audit, parity = part["audit"], part["parity"]
         error = f"{max(o['relative_l2'] for o in parity['outputs']):.1e}" if parity else "not checked"
+        if parity and parity["points"] > 1:
+            error += f", the worst of {parity['points']} sizes and prompt lengths"
         summary[name] = (
             f"{part['precision']} on {part['backend']['kind']}; opset {audit['opset']}, {audit['nodes']} nodes, "
             f"attention {audit['attention_nodes']} of {audit['attention_layers']} fused; parity error {error}"
         )
+        for plan in {plan["file"]: plan for plan in part["plans"]}.values():
+            summary[plan["file"]] = _summarise_plan(plan)
     summary["fidelity"] = f"{table['fidelity']['verdict']}. {table['fidelity']['reason']}"
     summary["bytes"] = f"{sum(record['size_bytes'] for record in table['files'].values()):,}"
     return summary
+
+
+def _summarise_plan(plan: dict[str, Any]) -> str:
+    audit = plan["audit"]
+    fused = "all fused" if audit["attention_fused"] else "not all fused"
+    other = audit["other_precision"]
+    precision = f"{len(other)} layers in another precision" if other else "all layers in the precision asked for"
+    return (
+        f"{plan['flavour']} {plan['version']} for {plan['generation']} on {plan['system']}; attention "
+        f"{audit['attention_native']} native of {audit['attention_layers']}, {fused}; {precision}; "
+        f"{audit['plan_bytes']:,} bytes for {audit['weights_bytes']:,} of weights, {audit['zero_share']:.1%} zeros "
+        f"(weights {audit['weights_zero_share']:.1%}), {audit['weights_found']} of {audit['weights_sampled']} sampled "
+        f"weights found in it; built in {plan['build_s']} s ({plan['rung']})"
+    )

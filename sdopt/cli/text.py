@@ -1,6 +1,10 @@
-"""Text that came from outside, made safe for a terminal."""
+"""Text for a terminal: what came from outside, made safe, and what several commands say alike."""
 
 from __future__ import annotations
+
+TRUST_ENGINE_HELP = (
+    "Open TensorRT plans that were not built here, this once: the SHA-256 of a plan, or of bundle.json for all."
+)
 
 
 def neutralise(text: str) -> str:

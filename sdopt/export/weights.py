@@ -60,7 +60,7 @@ class WrittenWeights:
 def write_weights(path: Path, tensors: Mapping[str, TensorRef], graph: DType, *, label: str) -> WrittenWeights:
     """Write `path` in the canonical layout, converted to the storage types, and hash it on the way.
 
-    Raises `CheckpointError` for a NaN, an infinity, a truncated source, or a value that fp16 cannot hold.
+    Raises `CheckpointError` for a NaN, an infinity, a truncated source, or a value that the storage type cannot hold.
     """
     layout = plan_layout(path, storage_layout(tensors, graph))
     digest = hashlib.sha256(layout.header)
@@ -172,14 +172,21 @@ def _convert(name: str, ref: TensorRef, dtype: DType) -> Bytes:
         raw = np.ascontiguousarray(stored.transpose(1, 0, 2)).reshape(-1)
     if ref.dtype is dtype:
         return raw
-    with np.errstate(over="ignore"):  # an overflow is named below
-        converted = _as_float(raw, ref.dtype, name).astype(_NUMPY[dtype])
-    result = converted.view(np.uint8).reshape(-1)
+    result = _from_float(_as_float(raw, ref.dtype, name), dtype)
     if not _is_finite(result, dtype):
         raise CheckpointError(
             f"the tensor {name!r} holds values that {dtype} cannot", hint="convert with --precision fp32 or bf16"
         )
     return result
+
+
+def _from_float(values: npt.NDArray[np.floating], dtype: DType) -> Bytes:
+    """The nearest values of `dtype`, ties to even; infinity for what is too large."""
+    with np.errstate(over="ignore"):
+        if dtype is not DType.BF16:
+            return values.astype(_NUMPY[dtype]).view(np.uint8).reshape(-1)
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
 
 
 def _as_float(raw: Bytes, dtype: DType, name: str) -> npt.NDArray[np.floating]:

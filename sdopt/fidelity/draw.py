@@ -123,7 +123,7 @@ def _keep_latents(
 
     def keep(pipeline: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         del pipeline, step, timestep
-        steps.append(state["latents"].detach().float().numpy().copy())
+        steps.append(state["latents"].detach().float().cpu().numpy().copy())
         tell(done + each * len(steps))
         return state
 

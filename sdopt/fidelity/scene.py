@@ -59,12 +59,12 @@ def write_scene(folder: Path, manifest: BundleManifest, scene: Scene) -> None:
     ]
     tensors = {"latents": torch.cat(noise)}
     if starts_from_image(manifest):
-        tensors["image"] = torch.from_numpy(_paint_image(height_px, width_px, scene.seed))
+        tensors["image"] = torch.from_numpy(paint_image(height_px, width_px, scene.seed))
         tensors["mask"] = torch.from_numpy(_paint_mask(height_px, width_px))
     save_file(tensors, scene.inputs)
 
 
-def _paint_image(height_px: int, width_px: int, seed: int) -> Picture:
+def paint_image(height_px: int, width_px: int, seed: int) -> Picture:
     """A seeded picture with soft and hard edges: two colour gradients and a few discs."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height_px, 0:width_px] / max(height_px, width_px)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sdopt.errors import ShapeError
@@ -39,6 +40,10 @@ class Extent:
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max
 
+    def clamp(self, size: int) -> int:
+        """The nearest size inside."""
+        return min(max(size, self.min), self.max)
+
     @classmethod
     def covering(cls, extents: Sequence[Extent]) -> Extent:
         """The smallest extent that contains all of them; the usual size is that of the first."""
@@ -71,16 +76,12 @@ class ShapeProfile:
     @property
     def size_text(self) -> str:
         """`512x512`, or `512x512..1024x1024`: as it is written after `--size`."""
-        least, most = f"{self.width_px.min}x{self.height_px.min}", f"{self.width_px.max}x{self.height_px.max}"
-        return least if least == most else f"{least}..{most}"
+        return write_size(self.width_px, self.height_px)
 
     @property
     def chunk_counts(self) -> tuple[int, ...]:
         """The prompt lengths that the UNet takes, in chunks: 1 is 77 tokens, 3 is 231."""
         return tuple(range(self.tokens.min // CHUNK_TOKENS, self.tokens.max // CHUNK_TOKENS + 1))
-
-    def takes(self, width_px: int, height_px: int) -> bool:
-        return width_px in self.width_px and height_px in self.height_px
 
     def axis_extents(self, vae_factor: int) -> dict[str, Extent]:
         """Size of every named axis that `ComponentSpec` uses. `vae_factor` is pixels per latent element.
@@ -111,6 +112,30 @@ class ShapeProfile:
                     )
 
 
+def describe_profiles(profiles: Sequence[ShapeProfile]) -> str:
+    """What a bundle draws, for people: `512x512 and 768x512 px, batch 1, prompts of 77 or 154 tokens`."""
+    first = profiles[0]
+    sizes = dict.fromkeys(profile.size_text for profile in profiles)
+    batch = str(first.batch.max) if first.batch.is_static else f"{first.batch.min} to {first.batch.max}"
+    tokens = " or ".join(str(CHUNK_TOKENS * count) for count in first.chunk_counts)
+    return f"{' and '.join(sizes)} px, batch {batch}, prompts of {tokens} tokens"
+
+
+def nearest_profile(profiles: Sequence[Mapping[str, Extent]], sizes: Mapping[str, int]) -> Mapping[str, Extent]:
+    """The profile that comes closest to these sizes of named axes; of equals the first.
+
+    Distances are of logarithms, so that twice as wide is as far as half as wide. Of two axes, width and height, that
+    ranks as the differences of area and of aspect do together.
+    """
+
+    def distance(profile: Mapping[str, Extent]) -> float:
+        ratios = (size / profile[axis].clamp(size) for axis, size in sizes.items())
+        # Rounded, because logarithms of a ratio and of its inverse differ in their last bit.
+        return round(math.hypot(*map(math.log, ratios)), 9)
+
+    return min(profiles, key=distance)
+
+
 _SIZE = re.compile(r"^(\d{1,5})x(\d{1,5})$")
 
 
@@ -125,6 +150,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return width_px, height_px
 
 
+def write_size(width_px: Extent, height_px: Extent) -> str:
+    """What `--size` takes: `512x512`, or `512x512..1024x1024`."""
+    least, most = f"{width_px.min}x{height_px.min}", f"{width_px.max}x{height_px.max}"
+    return least if least == most else f"{least}..{most}"
+
+
 def parse_sizes(text: str, usual: tuple[int, int]) -> tuple[tuple[Extent, Extent], ...]:
     """The sizes of a recipe as (width, height) extents in pixels, one for each profile.
 
@@ -132,16 +163,20 @@ def parse_sizes(text: str, usual: tuple[int, int]) -> tuple[tuple[Extent, Extent
     `'512x512..768x768..1024x1024'` one whose usual size is in the middle; `usual` (width, height) is the usual size of
     a range that names none, where it lies inside, else the largest is. Raises `ShapeError`.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if len(set(parts)) != len(parts):
+    sizes = tuple(_parse_range(part.strip(), usual) for part in text.split(","))
+    if len(set(sizes)) != len(sizes):
         raise ShapeError(f"size {text!r} names the same size twice")
-    return tuple(_parse_range(part, usual) for part in parts)
+    return sizes
 
 
 def _parse_range(text: str, usual: tuple[int, int]) -> tuple[Extent, Extent]:
     bounds = [parse_size(part) for part in text.split("..")]
     if len(bounds) > 3:
         raise ShapeError(f"size {text!r} has too many bounds", hint="write --size 512x512..768x768..1024x1024")
+    if any(list(sides) != sorted(sides) for sides in zip(*bounds, strict=True)):
+        raise ShapeError(
+            f"size {text!r} does not go from the smallest to the largest", hint="for example --size 512x512..1024x1024"
+        )
     least, most = bounds[0], bounds[-1]
     if len(bounds) == 3:
         middle = bounds[1]

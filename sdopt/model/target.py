@@ -16,6 +16,9 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from sdopt.errors import RecipeError
 
+PORTABLE = "ampere+"
+"""The generation of a plan that is for no single one: Ampere and all later."""
+
 _GENERATION = re.compile(r"sm[1-9]\d{1,2}\Z")
 
 

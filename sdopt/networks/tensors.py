@@ -37,8 +37,13 @@ def read_tensor(ref: TensorRef) -> Tensor:
     return flat.reshape(ref.shape)
 
 
-def load_weights(network: nn.Module, tensors: Mapping[str, TensorRef], dtype: torch.dtype) -> None:
-    """Give a network made by `build_network` under `init_empty_weights` its weights, cast to `dtype`, one by one."""
+def load_weights(
+    network: nn.Module, tensors: Mapping[str, TensorRef], dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    """Give a network made by `build_network` under `init_empty_weights` its weights, cast to `dtype`, one by one.
+
+    They go to `device`, which is the CPU where it is None.
+    """
     for prefix, module in network.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -47,4 +52,4 @@ def load_weights(network: nn.Module, tensors: Mapping[str, TensorRef], dtype: to
             ref = tensors.get(full)
             if ref is None or ref.shape != tuple(parameter.shape):
                 raise CheckpointError(f"the tensor {full!r} of shape {tuple(parameter.shape)} is not among the weights")
-            module._parameters[name] = nn.Parameter(read_tensor(ref).to(dtype), requires_grad=False)
+            module._parameters[name] = nn.Parameter(read_tensor(ref).to(device, dtype), requires_grad=False)

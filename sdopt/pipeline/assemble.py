@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from transformers import CLIPTokenizer
 
 from sdopt.artifacts.manifest import BundleManifest, read_config
 from sdopt.artifacts.safetensors_file import read_header
@@ -23,6 +22,7 @@ from sdopt.model.family import Family
 from sdopt.networks.tensors import read_tensor
 from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
+from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
 from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
 
 _REQUIRED = {
@@ -105,13 +105,8 @@ def _make_text_encoder(
     return EngineTextEncoder(sessions[name], read_config(folder, name), (weight, bias))
 
 
-def _load_tokenizer(folder: Path, manifest: BundleManifest) -> CLIPTokenizer | None:
-    if not folder.is_dir():
-        return None
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    # A config without a length says "endless", and pipelines pad to it.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, manifest.profile.tokens.opt)
-    return tokenizer
+def _load_tokenizer(folder: Path, manifest: BundleManifest) -> PromptTokenizer | None:
+    return load_tokenizer(folder, manifest.profile.chunk_counts[-1]) if folder.is_dir() else None
 
 
 def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,19 +128,28 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _pipeline_class(manifest: BundleManifest) -> Any:
+    kind = _find_class(manifest)
+    if manifest.profile.chunk_counts[-1] > 1:
+        kind = with_long_prompts(kind)
+    height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
+    # The refiner's has no size of its own: it draws on the picture that it is given.
+    if height_px == width_px or not {"height", "width"} <= inspect.signature(kind.__call__).parameters.keys():
+        return kind
+    return _with_default_size(kind, height_px, width_px)
+
+
+def _find_class(manifest: BundleManifest) -> Any:
     match manifest.family, manifest.inpainting:
         case Family.SDXL_REFINER, False:
             return diffusers.StableDiffusionXLImg2ImgPipeline
         case Family.SDXL, False:
-            kind = diffusers.StableDiffusionXLPipeline
+            return diffusers.StableDiffusionXLPipeline
         case Family.SDXL | Family.SDXL_REFINER, True:
-            kind = diffusers.StableDiffusionXLInpaintPipeline
+            return diffusers.StableDiffusionXLInpaintPipeline
         case _, False:
-            kind = diffusers.StableDiffusionPipeline
+            return diffusers.StableDiffusionPipeline
         case _:
-            kind = diffusers.StableDiffusionInpaintPipeline
-    height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
-    return kind if height_px == width_px else _with_default_size(kind, height_px, width_px)
+            return diffusers.StableDiffusionInpaintPipeline
 
 
 def _with_default_size(kind: Any, height_px: int, width_px: int) -> Any:

@@ -52,7 +52,18 @@ def _cut(value: torch.Tensor, start: int, stop: int, least: int) -> torch.Tensor
 
 
 def _run(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    check_inputs(session.spec, session.extents, inputs)
+    check_inputs(session.spec, session.extents, inputs, session.profiles)
+    device = session.device
     return session.run(
-        {t.name: inputs[t.name].detach().to("cpu", TORCH_DTYPES[t.dtype]).contiguous() for t in session.spec.inputs}
+        {t.name: _move(inputs[t.name].detach(), device, TORCH_DTYPES[t.dtype]) for t in session.spec.inputs}
     )
+
+
+def _move(value: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The value where the session computes. The host waits for no GPU, except where a value comes back from one."""
+    if device.type == "cpu" or value.device == device:
+        return value.to(device, dtype).contiguous()
+    if value.ndim == 0 and value.device.type == "cpu":
+        # A timestep. Filled in by a kernel: a copy from ordinary host memory waits for all that the GPU has to do.
+        return torch.full((), value.item(), dtype=dtype, device=device)
+    return value.to(device, dtype, non_blocking=True).contiguous()

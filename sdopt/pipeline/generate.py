@@ -74,7 +74,7 @@ def generate_all(
     a size not built for.
     """
     own, done = pipe.scheduler, 0
-    for group in _group(requests, _batch_of(pipe)):
+    for group in _group(pipe, requests):
 
         def tell(share: float, before: int = done, pictures: int = len(group)) -> None:
             if on_step is not None:
@@ -104,6 +104,7 @@ def _draw(
 
     _refuse_without_picture(pipe)
     first = group[0]
+    _check_size(pipe, first)
     arguments: dict[str, Any] = {
         "prompt": [request.prompt for request in group],
         "num_inference_steps": first.steps,
@@ -125,14 +126,29 @@ def _draw(
     return images
 
 
-def _group(requests: Sequence[GenerateRequest], batch: int) -> Iterator[Sequence[GenerateRequest]]:
+def _group(pipe: DiffusionPipeline, requests: Sequence[GenerateRequest]) -> Iterator[Sequence[GenerateRequest]]:
+    from sdopt.pipeline.prompt import count_chunks
+
     def settings(request: GenerateRequest) -> object:
         shared = request.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0})
-        return shared, request.negative_prompt is None
+        # A prompt that is filled up to the length of its neighbour's draws another picture than alone.
+        chunks = count_chunks(pipe, [request.prompt, request.negative_prompt or ""])
+        return shared, request.negative_prompt is None, chunks
 
+    batch = _batch_of(pipe)
     for _, neighbours in groupby(requests, settings):
         group = list(neighbours)
         yield from (group[start : start + batch] for start in range(0, len(group), batch))
+
+
+def _check_size(pipe: DiffusionPipeline, request: GenerateRequest) -> None:
+    """Before any work, and before diffusers, which knows no profiles."""
+    bundle = getattr(pipe.unet, "bundle", None)
+    if bundle is None or request.width_px is request.height_px is None:
+        return
+    usual = bundle.manifest.profile
+    width_px, height_px = request.width_px or usual.width_px.opt, request.height_px or usual.height_px.opt
+    pipe.unet.check_size(width_px, height_px)
 
 
 def _batch_of(pipe: DiffusionPipeline) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -9,47 +10,56 @@ from pathlib import Path
 import diffusers
 
 from sdopt import progress
-from sdopt.artifacts.bundle import bundle_extents
-from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
+from sdopt.artifacts.bundle import bundle_extents, bundle_profiles
+from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config, read_manifest
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.networks import EngineModule
-from sdopt.pipeline.preflight import require_runnable, require_sound
+from sdopt.pipeline.preflight import require_runnable, require_sound, require_trusted
 
 
-def load_pipeline(folder: str | PathLike[str], *, scheduler: str | None = None) -> diffusers.DiffusionPipeline:
+def load_pipeline(
+    folder: str | PathLike[str], *, scheduler: str | None = None, trust_engines: Iterable[str] = ()
+) -> diffusers.DiffusionPipeline:
     """Open a bundle; see `sdopt.load`. The engines stay open until `close_engines`, or until the process ends.
 
     Raises `ArtifactError` for a folder that is no valid or a damaged bundle, `UnsafeInputError` for a graph that
-    names files elsewhere, `UsageError` for a scheduler that does not fit, and `EnvironmentMissingError` where this
-    machine cannot run it.
+    names files elsewhere and for plans that nobody vouched for, `UsageError` for a scheduler that does not fit, and
+    `EnvironmentMissingError` where this machine cannot run it.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     require_sound(path, manifest)
-    require_runnable(manifest)
+    require_trusted(path, manifest, trust_engines)
+    plans = require_runnable(path, manifest)
     order = [name for name in ComponentName if name in manifest.components]
     with ExitStack() as opened:
         sessions = {}
         for count, name in enumerate(order):
             progress.update(f"opening {name}", count / len(order))
-            files, settings = component_files(path, manifest, name), manifest.components[name].backend
+            files = component_files(path, manifest, name, plans.get(name, ()))
+            settings = manifest.components[name].backend
             sessions[name] = opened.enter_context(open_session(files, settings))
         pipe = assemble_pipeline(path, manifest, sessions, scheduler=scheduler)
         opened.pop_all()
     return pipe
 
 
-def component_files(folder: Path, manifest: BundleManifest, name: ComponentName) -> ComponentFiles:
-    """One component of a bundle, as a backend opens it."""
+def component_files(
+    folder: Path, manifest: BundleManifest, name: ComponentName, plans: tuple[PlanRecord, ...] = ()
+) -> ComponentFiles:
+    """One component of a bundle, as a backend opens it. `plans` are those of it that this machine runs."""
     return ComponentFiles(
         folder=folder / name,
         spec=manifest.components[name].spec,
         config=read_config(folder, name),
         family=manifest.family,
         extents=bundle_extents(folder, manifest),
+        plans=plans,
+        profiles=bundle_profiles(folder, manifest),
+        plan_digests={plan.file: manifest.files[plan.file].sha256 for plan in plans if plan.file in manifest.files},
     )
 
 

@@ -2,7 +2,7 @@
 
 They have the attributes and calls that the Stable Diffusion pipelines use of the torch modules. What a fixed
 graph cannot do (LoRA, ControlNet residuals, other attention) is refused with a reason, never ignored. They do
-not know which runtime computes, nor in which precision: to the pipeline they are fp32 on the CPU.
+not know which runtime computes, nor in which precision: to the pipeline they are fp32 on the device of their sessions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from sdopt.errors import ShapeError, UsageError
-from sdopt.model.component import Config, has_projection, vae_factor
+from sdopt.errors import UsageError
+from sdopt.model.component import Config, has_projection, unet_factor, vae_factor
+from sdopt.model.shape import ShapeProfile
 from sdopt.pipeline.batches import run_rows
+from sdopt.pipeline.prompt import run_in_chunks
+from sdopt.pipeline.sizes import check_picture_size, require_size
 
 if TYPE_CHECKING:
     from sdopt.backends.protocol import Session
@@ -36,14 +39,16 @@ class NotInEngineError(UsageError, AttributeError):
 
 
 class EngineModule(torch.nn.Module):
-    """A network that an engine computes: fp32 on the CPU to the outside, and not to be moved, cast or
-    changed.
-    """
+    """A network that an engine computes: fp32 to the outside, and not to be moved, cast or changed."""
 
     config: Any
     sessions: tuple[Session, ...]
     dtype = torch.float32
-    device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes, and where its outputs are."""
+        return self.sessions[0].device
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,9 +60,9 @@ class EngineModule(torch.nn.Module):
             ) from None
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Nothing: an engine keeps its precision. Raises `UsageError` for another device than the CPU."""
+        """Nothing: an engine keeps its precision. Raises `UsageError` for another device than its own."""
         places = [v for v in (*args, *kwargs.values()) if isinstance(v, (str, torch.device))]
-        if elsewhere := [place for place in places if torch.device(place).type != "cpu"]:
+        if elsewhere := [place for place in places if torch.device(place).type != self.device.type]:
             raise UsageError(
                 f"{type(self).__name__} cannot move to {elsewhere[0]}: an engine runs where it was built for",
                 hint="leave out .to(...), or build for another target with sdopt convert --target",
@@ -121,7 +126,8 @@ class EngineUNet(EngineModule):
         _refuse("unet", "residuals of a ControlNet", down_block_additional_residuals)
         _refuse("unet", "residuals of a ControlNet", mid_block_additional_residual)
         _refuse("unet", "residuals of a T2I adapter", down_intrablock_additional_residuals)
-        check_picture_size(self.session, sample, self.pixels_per_latent)
+        height_px, width_px = (side * self.pixels_per_latent for side in sample.shape[2:])
+        self.check_size(width_px, height_px)
         inputs = {
             "sample": sample,
             "timestep": _scalar(timestep),
@@ -133,6 +139,13 @@ class EngineUNet(EngineModule):
         predicted = run_rows(self.session, self._fitted(inputs, sample.shape[0]))["out_sample"]
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 
+    def check_size(self, width_px: int, height_px: int) -> None:
+        """Raise `ShapeError` for a picture that the engine cannot draw; the nearest that it can is named."""
+        require_size(self.session, width_px, height_px, self.pixels_per_latent)
+        # A range has sizes at which the skip connections of this UNet do not meet.
+        profile = ShapeProfile.static(width_px=width_px, height_px=height_px)
+        profile.check_against(self.pixels_per_latent * unet_factor(self.config))
+
     def _fitted(self, inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
         known = {tensor.name for tensor in self.session.spec.inputs}
         for name in inputs.keys() - known:
@@ -140,7 +153,7 @@ class EngineUNet(EngineModule):
         if "timestep_cond" in known - inputs.keys():
             # Its projection has no bias: zeros are the same as the absent condition of torch.
             width = self.session.spec.input("timestep_cond").axes[1]
-            inputs["timestep_cond"] = torch.zeros(rows, int(width))
+            inputs["timestep_cond"] = torch.zeros(rows, int(width), device=self.device)
         if missing := known - inputs.keys():
             raise UsageError(f"this UNet needs {' and '.join(sorted(missing))}, which the pipeline did not pass")
         return inputs
@@ -211,7 +224,7 @@ class EngineTextEncoder(EngineModule):
         self.projects = has_projection(config)
         norm = torch.nn.LayerNorm(final_norm[0].shape[0], eps=self.config.layer_norm_eps)
         norm.load_state_dict({"weight": final_norm[0], "bias": final_norm[1]})
-        self._final_norm = norm.requires_grad_(False)
+        self._final_norm = norm.requires_grad_(False).to(session.device)
         self.text_model = torch.nn.Module()
         self.text_model.final_layer_norm = norm
 
@@ -224,11 +237,15 @@ class EngineTextEncoder(EngineModule):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | CLIPTextModelOutput | tuple[Any, ...]:
-        """Token ids (rows, tokens) to the text's states (rows, tokens, width) and its pooled vector, fp32."""
+        """Token ids (rows, tokens) to the text's states (rows, tokens, width) and its pooled vector, fp32.
+
+        Several chunks in a row, each with its own start and end, are encoded one by one and joined; the pooled vector
+        is that of the first.
+        """
         _refuse(self.session.spec.name, "attention_mask", attention_mask)
         _refuse(self.session.spec.name, "position_ids", position_ids)
         _refuse(self.session.spec.name, "output_attentions", output_attentions or None)
-        outputs = run_rows(self.session, {"input_ids": input_ids})
+        outputs = run_in_chunks(self.session, input_ids)
         last = outputs["last_hidden_state"]
         states = self._hidden_states(outputs) if output_hidden_states else None
         result: BaseModelOutputWithPooling | CLIPTextModelOutput
@@ -256,24 +273,6 @@ class EngineTextEncoder(EngineModule):
         return (*(outputs[f"hidden_states.{layer}"] for layer in range(layers)), standardised)
 
 
-def check_picture_size(session: Session, value: torch.Tensor, pixels_per_element: int) -> None:
-    """Refuse a picture or latent (rows, channels, height, width) that the engine was not built for, in
-    pixels.
-    """
-    axes = session.spec.inputs[0].axes
-    built = [session.extents[str(axis)].scaled(pixels_per_element) for axis in axes[2:]]
-    height_px, width_px = (side * pixels_per_element for side in value.shape[2:])
-    if height_px in built[0] and width_px in built[1]:
-        return
-    least, most = f"{built[1].min}x{built[0].min}", f"{built[1].max}x{built[0].max}"
-    span = most if least == most else f"{least} to {most}"
-    asked = f"{width_px}x{height_px}"
-    raise ShapeError(
-        f"a picture of {asked} px: {session.spec.name} was built for {span}",
-        hint=f"leave out height and width, or build another bundle with sdopt convert --size {asked}",
-    )
-
-
 def _complete_config(kind: Any, config: Config) -> FrozenDict:
     """The config with the defaults of the diffusers class, as diffusers itself completes an older file."""
     parameters = inspect.signature(kind.__init__).parameters.values()
@@ -289,7 +288,11 @@ def _refuse(network: str, argument: str, value: object) -> None:
 
 
 def _scalar(timestep: torch.Tensor | float) -> torch.Tensor:
-    steps = torch.as_tensor(timestep, dtype=torch.float32).flatten()
+    steps = torch.as_tensor(timestep, dtype=torch.float32)
+    if steps.ndim == 0:
+        # The way of every pipeline. Comparing values would make the host wait for a timestep that is on a GPU.
+        return steps
+    steps = steps.flatten()
     if not bool((steps == steps[0]).all()):
         raise UsageError("unet: the engine takes one timestep for all rows, not one for each")
     return steps[0]

@@ -7,6 +7,7 @@ prediction type belong to its weights and are always kept; how steps are spaced 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -200,7 +201,27 @@ def _diffusers_class(name: str) -> Any:
             f"the bundle's scheduler {name!r} is not one that diffusers {diffusers.__version__} has",
             hint="choose one with --scheduler",
         )
-    return kind
+    return _with_host_timesteps(kind)
+
+
+@functools.cache
+def _with_host_timesteps(kind: Any) -> Any:
+    """The class with its timesteps on the CPU, wherever the latents are. It keeps its name, by which configs know it.
+
+    DDIM, DDPM, PNDM and LCM look each timestep up in a table on the CPU: from a GPU, the host would wait in every step
+    until the GPU has done all that it has. (Schedulers that add noise still wait, because a generator of the CPU makes
+    it, and UniPC's small linear systems do.)
+    """
+    signature = inspect.signature(kind.set_timesteps)
+
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.arguments["device"] = "cpu"
+        kind.set_timesteps(*bound.args, **bound.kwargs)
+
+    members = {"set_timesteps": set_timesteps, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _squeeze(text: str) -> str:

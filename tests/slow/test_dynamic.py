@@ -14,7 +14,7 @@ from sdopt.build.check import check_bundle
 from sdopt.build.convert import convert
 from sdopt.build.open import open_plan
 from sdopt.errors import ShapeError
-from sdopt.export.parity import compare_outputs, make_inputs, run_reference
+from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
@@ -53,14 +53,14 @@ def test_a_dynamic_bundle_runs_every_size_and_batch(tmp_path: Path, monkeypatch:
         axes = {axis for tensor in record.spec.inputs for axis in tensor.axes if isinstance(axis, str)}
         assert named == {axis for axis in axes if not plan.extents[axis].is_static}
         config = read_config(tmp_path / "bundle", name)
+        network = load_reference(record.spec, config, plan.components[name].tensors)
         component = ComponentFiles(folder, record.spec, config, manifest.family, plan.extents)
         for settings in runtimes:
             with open_session(component, settings) as session:
                 for batch, height, width in ((1, 32, 64), (2, 64, 96), (3, 128, 64)):
                     extents = ShapeProfile.static(height_px=height, width_px=width, batch=batch).axis_extents(2)
                     inputs = make_inputs(record.spec, config, extents)
-                    tensors = plan.components[name].tensors
-                    run_reference(record.spec, config, tensors, inputs, tmp_path / "expected")
+                    run_reference(network, record.spec, inputs, tmp_path / "expected")
                     parity = compare_outputs(
                         record.spec, load_file(tmp_path / "expected"), session.run(inputs), runtime=settings.kind,
                         graph_dtype=DType.FP32,

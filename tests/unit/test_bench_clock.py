@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sdopt.bench.clock import Clock
 from sdopt.bench.report import Stage
@@ -28,6 +29,7 @@ class SlowSession:
     def __init__(self, name: ComponentName, time: FakeTime, cost_ns: int) -> None:
         self.spec = SimpleNamespace(name=name)
         self.extents: dict[str, Any] = {"batch": 1}
+        self.device = torch.device("cpu")
         self.closed = False
         self._time, self._cost_ns = time, cost_ns
 
@@ -98,6 +100,49 @@ def test_a_timed_session_is_the_session_in_all_else() -> None:
         assert session.memory() == "memory"
         assert session.run({"a": 1}) == {"echo": {"a": 1}}  # type: ignore[dict-item]
     assert inner.closed
+
+
+class FakeEvent:
+    """An event of a GPU that does what is queued at once, at `time`."""
+
+    def __init__(self, time: FakeTime) -> None:
+        self._time, self.at_ns, self.waited = time, -1, False
+
+    def record(self) -> None:
+        self.at_ns = self._time.now
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.waited
+        return (end.at_ns - self.at_ns) / 1e6
+
+
+def test_what_a_gpu_does_is_timed_by_its_events_and_waited_for_at_the_end() -> None:
+    time = FakeTime()
+    events: list[FakeEvent] = []
+
+    def new_event() -> Any:
+        events.append(FakeEvent(time))
+        return events[-1]
+
+    clock = Clock(time, new_event)
+    inner = SlowSession(ComponentName.UNET, time, 5_000)
+    inner.device = torch.device("cuda", 0)
+    session = clock.wrap(inner)  # type: ignore[arg-type]
+
+    def draw() -> None:
+        for _ in range(2):
+            session.run({})
+            assert not any(event.waited for event in events)
+            time.now += 100
+
+    clock.time_picture(draw)
+    assert clock.take() == {
+        Stage.UNET_STEP: (5_000, 5_000), Stage.OVERHEAD: (200,), Stage.END_TO_END: (10_200,),
+    }  # fmt: skip
+    assert clock.take() == {}
 
 
 def test_a_run_that_fails_leaves_no_sample() -> None:

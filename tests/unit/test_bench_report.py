@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status, read_report, write_report
+from sdopt.bench.report import SCHEMA_VERSION, CandidateRecord, Stage, Status, read_report, write_report
 from sdopt.errors import ArtifactError
 from sdopt.model.precision import Precision
 from tests.planted_reports import make_report
@@ -30,7 +30,7 @@ def test_raw_samples_are_stored_and_statistics_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 2}, "has schema 2"),
+        ({"schema_version": 3}, "has schema 3"),
         ({"extra": 1}, "extra"),
         ({"candidates": []}, "candidates"),
         ({"case": {}}, "case"),
@@ -65,4 +65,14 @@ def test_samples_are_grouped_by_process() -> None:
     assert engines is not None
     assert [len(group) for group in engines.samples_of(Stage.END_TO_END)] == [4, 4]
     assert engines.samples_of(Stage.VAE_ENCODER) == ()
-    assert BenchReport.model_fields["schema_version"].default == 1
+
+
+def test_a_report_of_before_gpus_is_read(tmp_path: Path) -> None:
+    values = json.loads(make_report().to_json()) | {"schema_version": 1}
+    for candidate in values["candidates"]:
+        for process in candidate["processes"]:
+            del process["peak_device_bytes"], process["torch_peak_device_bytes"]
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    report = read_report(tmp_path / "report.json")
+    assert report == make_report()
+    assert report.schema_version == SCHEMA_VERSION == 2

@@ -23,7 +23,13 @@ from sdopt.fidelity.draw import write_drawing
 from sdopt.isolation import Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TorchSettings, VerifySettings
+from sdopt.model.recipe import (
+    OnnxRuntimeSettings,
+    OpenVINOSettings,
+    TensorRTSettings,
+    TorchSettings,
+    VerifySettings,
+)
 from sdopt.model.shape import ShapeProfile
 from tests.planted_reports import MS, make_drawing, make_process
 
@@ -111,6 +117,8 @@ def run_fakes(
     monkeypatch.setattr(run_module, "run_isolated", fakes.run)
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
     monkeypatch.setattr(run_module, "read_manifest", lambda folder: make_manifest())
+    monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk
+    monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)
     monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
     monkeypatch.setattr(run_module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
@@ -162,10 +170,25 @@ def test_without_a_reference_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
 
 
 def test_torch_settings_of_the_baselines() -> None:
-    found = list_candidates(make_manifest(), tuple(Baseline))
+    found = list_candidates(make_manifest(), None)
     assert [c.name for c in found] == ["engines", "eager-fp32", "eager-bf16", "compile"]
     assert [c.label for c in found][1:] == ["torch eager fp32", "torch eager bf16", "torch.compile fp32"]
     assert found[3].settings == TorchSettings(compile=True)
+
+
+def test_beside_engines_of_a_gpu_torch_runs_there_as_fast_as_it_can() -> None:
+    backend = TensorRTSettings(kind="tensorrt-rtx")
+    manifest = make_manifest(unet=SimpleNamespace(backend=backend, precision=Precision.FP16, plans=()))
+    found = list_candidates(manifest, None)
+    assert [c.label for c in found] == ["TensorRT-RTX fp16", "torch eager fp16", "torch.compile fp16"]
+    assert [c.settings.device for c in found[1:]] == ["cuda", "cuda"]  # type: ignore[union-attr]
+    every = list_candidates(manifest, tuple(Baseline))
+    assert {c.settings.device for c in every[1:]} == {"cuda"}  # type: ignore[union-attr]
+
+
+def test_fp16_on_a_cpu_is_skipped_with_the_reason() -> None:
+    _, fp16 = list_candidates(make_manifest(), (Baseline.EAGER_FP16,))
+    assert "on a GPU" in fp16.missing
 
 
 def test_a_neighbour_is_noticed_and_the_benchs_own_work_is_not() -> None:

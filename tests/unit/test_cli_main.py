@@ -24,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 EXIT_CODES = {
     "SdoptError": 1, "CheckpointError": 1, "ArtifactError": 1, "ExportError": 1, "BackendError": 1,
     "UsageError": 2, "RecipeError": 2, "ShapeError": 2,
-    "GateError": 3, "ParityError": 3, "FidelityError": 3,
+    "GateError": 3, "ParityError": 3, "AuditError": 3, "FidelityError": 3,
     "UnsafeInputError": 4,
     "EnvironmentMissingError": 5, "MissingDependency": 5, "MissingHardware": 5,
 }  # fmt: skip

@@ -138,6 +138,48 @@ def test_unet_of_another_size_names_the_size_built_in_pixels() -> None:
     assert "--size 16x32" in caught.value.hint
 
 
+def test_a_size_between_profiles_is_refused_and_the_nearest_named() -> None:
+    spec = describe_component(ComponentName.UNET, UNET, Family.SD1, DType.FP32)
+    profiles = [ShapeProfile.static(width_px=512, height_px=512), ShapeProfile.static(width_px=768, height_px=768)]
+    tables = tuple(profile.axis_extents(8) for profile in profiles)
+    session = ReferenceSession(spec, ShapeProfile.covering(profiles).axis_extents(8), RowByRow(), tables)
+    unet = EngineUNet(session, UNET, sample_size=64, pixels_per_latent=8)
+    for side in (64, 96):
+        assert unet(torch.zeros(2, 4, side, side), 1, torch.zeros(2, 77, 8)).sample.shape[2:] == (side, side)
+    built = r"a picture of 640x512 px: unet was built for 512x512 and 768x768; the nearest is 512x512"
+    with pytest.raises(ShapeError, match=built) as caught:
+        unet(torch.zeros(2, 4, 64, 80), 1, torch.zeros(2, 77, 8))
+    assert "--size 640x512" in caught.value.hint
+    inputs = {"sample": torch.zeros(2, 4, 64, 96), "timestep": torch.tensor(1.0),
+              "encoder_hidden_states": torch.zeros(2, 77, 8)}  # fmt: skip
+    with pytest.raises(ShapeError, match="has latent_width 96; the nearest has latent_width 64"):
+        session.run(inputs)
+
+
+def test_a_size_in_a_range_at_which_skip_connections_do_not_meet_is_refused() -> None:
+    spec = describe_component(ComponentName.UNET, UNET, Family.SD1, DType.FP32)
+    extents = ShapeProfile(ONE, Extent(16, 16, 64), Extent(16, 16, 64)).axis_extents(2)
+    unet = EngineUNet(ReferenceSession(spec, extents, RowByRow()), UNET, sample_size=8, pixels_per_latent=2)
+    unet.check_size(20, 64)
+    with pytest.raises(ShapeError, match="width 22 px is not a multiple of 4"):
+        unet.check_size(22, 64)
+    with pytest.raises(ShapeError, match=r"built for 16x16\.\.64x64"):
+        unet.check_size(68, 64)
+
+
+def test_a_prompt_of_part_of_a_chunk_is_refused() -> None:
+    spec = describe_component(ComponentName.UNET, UNET, Family.SD1, DType.FP32)
+    profile = ShapeProfile(ONE, Extent.static(16), Extent.static(16), Extent(77, 77, 231))
+    session = ReferenceSession(spec, profile.axis_extents(2), RowByRow())
+    unet = EngineUNet(session, UNET, sample_size=8, pixels_per_latent=2)
+    for tokens in (77, 154, 231):
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, tokens, 8))
+    with pytest.raises(ShapeError, match="152 tokens, and the engine takes multiples of 77"):
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 152, 8))
+    with pytest.raises(ShapeError, match="axis 'prompt_tokens' of encoder_hidden_states is 308"):
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 308, 8))
+
+
 def test_xl_unet_has_what_the_pipeline_checks_and_needs_its_conditions() -> None:
     config = {
         "addition_embed_type": "text_time",
@@ -237,5 +279,16 @@ def test_text_encoder_refuses(clip: tuple[CLIPTextModel, EngineTextEncoder], arg
 
 
 def test_long_prompt_embeddings_are_refused_by_name(clip: tuple[CLIPTextModel, EngineTextEncoder]) -> None:
-    with pytest.raises(ShapeError, match="axis 'tokens' of input_ids is 14"):
-        clip[1](torch.zeros(1, 14, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="axis 'tokens' of input_ids is 10"):
+        clip[1](torch.zeros(1, 10, dtype=torch.int64))
+
+
+def test_chunks_are_encoded_each_by_itself(clip: tuple[CLIPTextModel, EngineTextEncoder]) -> None:
+    encoder = clip[1]
+    ids = torch.tensor([[48, 3, 4, 49, 0, 0, 0, 48, 5, 49, 0, 0, 0, 0], [48, 7, 8, 9, 9, 1, 49, 48, 49, 0, 0, 0, 0, 0]])
+    given = encoder(ids, output_hidden_states=True)
+    chunks = [encoder(part, output_hidden_states=True) for part in ids.split(7, dim=1)]
+    torch.testing.assert_close(given.last_hidden_state, torch.cat([part.last_hidden_state for part in chunks], dim=1))
+    torch.testing.assert_close(given.pooler_output, chunks[0].pooler_output)
+    for layer, state in enumerate(given.hidden_states):
+        torch.testing.assert_close(state, torch.cat([part.hidden_states[layer] for part in chunks], dim=1))

@@ -52,8 +52,9 @@ def edited(manifest: BundleManifest, edit: Callable[[dict[str, Any]], object]) -
 
 
 Edit = Callable[[dict[str, Any]], object]
+NEWER = SCHEMA_VERSION + 1
 DEFECTS: dict[str, tuple[Edit, str]] = {
-    "newer schema": (lambda t: t.update(schema_version=SCHEMA_VERSION + 1, news=1), rf"has schema {SCHEMA_VERSION + 1}"),
+    "newer schema": (lambda t: t.update(schema_version=NEWER, news=1), rf"has schema {NEWER}"),
     "older schema": (lambda t: t.update(schema_version=0), r"schema_version"),
     "no schema": (lambda t: t.pop("schema_version") and t.update(schema_version=None), r"schema_version"),
     "unknown key": (lambda t: t.update(colour="red"), r"colour"),

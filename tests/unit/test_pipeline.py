@@ -66,7 +66,7 @@ def of_profile(folder: Path, profile: ShapeProfile) -> Any:
 
 def test_is_the_diffusers_class_and_draws_what_torch_draws(pipe: Any, plain: Any) -> None:
     assert type(pipe) is diffusers.StableDiffusionPipeline
-    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
+    assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     np.testing.assert_allclose(draw(pipe, PROMPT), draw(plain, PROMPT), atol=1e-4)
 
 
@@ -149,7 +149,7 @@ def test_dynamic_profile_takes_its_whole_range(tmp_path: Path) -> None:
     pipe = of_profile(tmp_path / "any", profile)
     assert draw(pipe, [PROMPT] * 3, height=32, width=96).shape == (3, 32, 96, 3)
     assert draw(pipe, PROMPT).shape == (1, 64, 64, 3)
-    with pytest.raises(ShapeError, match="built for 32x32 to 96x64"):
+    with pytest.raises(ShapeError, match=r"built for 32x32\.\.96x64"):
         draw(pipe, PROMPT, height=96, width=64)
 
 

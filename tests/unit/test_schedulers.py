@@ -189,3 +189,17 @@ def test_scheduler_of_sampler_settings_does_not_leak_them(tmp_path: Path) -> Non
     assert make("euler", karras).config.use_karras_sigmas is False
     assert make("unipc", karras).config.solver_type == "bh2"
     assert label_of(make(None, karras)) == "DPM++ 2M Karras"
+
+
+@pytest.mark.parametrize("name", list(SchedulerName))
+def test_timesteps_stay_on_the_host_where_latents_are_on_a_device(name: SchedulerName) -> None:
+    """`meta` stands for a GPU: a scheduler that moved its timesteps there could not read them any more."""
+    scheduler = make_scheduler(name, {}, family=Family.SD1, prediction=Prediction.EPSILON)
+    steps = 4
+    scheduler.set_timesteps(steps, device="meta")
+    assert scheduler.timesteps.device.type == "cpu"
+    scheduler.set_timesteps(num_inference_steps=steps, device=torch.device("meta"))
+    assert scheduler.timesteps.device.type == "cpu"
+    assert type(scheduler).__name__ == SCHEDULERS[name].diffusers_class
+    again = type(scheduler).from_config(scheduler.config)
+    assert type(again) is type(scheduler)

@@ -25,7 +25,7 @@ from sdopt.build.graphs import TraceJob
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, ExportError, ShapeError
 from sdopt.export.bind import bind_weights
-from sdopt.export.parity import compare_outputs, make_inputs, run_reference
+from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.export.trace import trace_component
 from sdopt.export.weights import storage_layout, write_weights
 from sdopt.graph.audit import check_graph_file
@@ -80,7 +80,7 @@ class Built:
         spec, config = self.files.spec, self.files.config
         inputs = make_inputs(spec, config, extents or self.files.extents)
         expected = self.files.folder / "expected.safetensors"
-        run_reference(spec, config, self.tensors, inputs, expected)
+        run_reference(load_reference(spec, config, self.tensors), spec, inputs, expected)
         with OnnxRuntimeBackend(OnnxRuntimeSettings()).open(self.files) as session:
             outputs = session.run(inputs)
         return compare_outputs(spec, load_file(expected), outputs, runtime="onnxruntime", graph_dtype=self.dtype)

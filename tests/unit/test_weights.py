@@ -36,7 +36,7 @@ contents = st.tuples(kinds, st.lists(st.integers(0, 6), max_size=3))
 tables = st.dictionaries(st.text("abcdef.", min_size=1, max_size=6), contents, min_size=1, max_size=8)
 
 
-@given(tables, st.sampled_from([DType.FP32, DType.FP16]), st.integers(0, 2**32))
+@given(tables, st.sampled_from([DType.FP32, DType.FP16, DType.BF16]), st.integers(0, 2**32))
 def test_every_tensor_arrives_in_its_storage_type(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, tuple[torch.dtype, list[int]]], graph: DType, seed: int
 ) -> None:

@@ -1,0 +1,147 @@
+"""What is in a network and in its plan, beside what was asked for. A build can succeed and be wrong.
+
+Without a GPU no inspector can look into a plan, so the evidence is: the layers of the network that the builder was
+given, the builder's promise (attention that may not be decomposed has a dedicated kernel, or the build fails), and the
+bytes of the plan, which must hold the weights of the graph and must not be full of zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sdopt.artifacts.manifest import PlanAudit
+from sdopt.backends.tensorrt.library import Kind
+from sdopt.errors import AuditError
+from sdopt.model.precision import Precision
+
+# A plan holds each weight once, plus layers and kernels; text position tables and the like may be folded away.
+_LEAST_BYTES_SHARE = 0.9
+# Random and trained weights have well under 1 % of zero bytes; what is pruned is so in weights and plan alike.
+_MOST_ADDED_ZEROS = 0.1
+# Of SD1.5, SDXL and tiny-shapes, all but the projections of queries and keys are found: 8 to 12 of 12.
+_LEAST_FOUND_SHARE = 0.4
+_NAMES_SHOWN = 5
+_PRECISIONS = {"HALF": "fp16", "FLOAT": "fp32", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
+_COMPUTE = {
+    "CONVOLUTION": "convolution", "DECONVOLUTION": "convolution", "MATRIX_MULTIPLY": "matmul",
+    "ATTENTION_INPUT": "attention", "NORMALIZATION": "normalization",
+}  # fmt: skip
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class NetworkAudit:
+    """What a network says of itself before it is built. `softmax` are the names of attention written out."""
+
+    attention_native: int
+    attention_fused: bool
+    compute_layers: dict[str, int]
+    other_precision: tuple[str, ...]
+    softmax: tuple[str, ...]
+
+
+def audit_network(network: Any, library: Any, precision: Precision) -> NetworkAudit:
+    """Count attention and precision layer by layer. A layer computes in the type of its first input."""
+    counts: Counter[str] = Counter()
+    other: list[str] = []
+    softmax: list[str] = []
+    for layer in _layers(network):
+        kind = layer.type.name
+        if kind == "SOFTMAX":
+            softmax.append(_name_of(layer))
+        if kind not in _COMPUTE:
+            continue
+        found = _PRECISIONS.get(layer.get_input(0).dtype.name, layer.get_input(0).dtype.name.lower())
+        counts[f"{_COMPUTE[kind]} {found}"] += 1
+        if found != precision:
+            other.append(f"{_name_of(layer)} ({found})")
+    attention = list(_attention(network, library))
+    return NetworkAudit(
+        attention_native=len(attention),
+        attention_fused=bool(attention) and not any(each.decomposable for each in attention),
+        compute_layers=dict(sorted(counts.items())),
+        other_precision=tuple(other),
+        softmax=tuple(softmax),
+    )
+
+
+def allow_decomposed_attention(network: Any, library: Any) -> None:
+    """Let the builder write attention out where it has no dedicated kernel for its shape: slower, and audited so."""
+    for attention in _attention(network, library):
+        attention.decomposable = True
+
+
+def judge_plan(
+    kind: Kind, component: str, audit: PlanAudit, network: NetworkAudit, precision: Precision, *, require_fused: bool,
+    native: bool,
+) -> None:  # fmt: skip
+    """Raise `AuditError` for a plan that is not what was asked for, naming the layers.
+
+    `native` says that the graph was written with one attention node for each layer of torch's.
+    """
+    if audit.plan_bytes < _LEAST_BYTES_SHARE * audit.weights_bytes:
+        raise AuditError(
+            f"the plan of {component} lost weights: it has {audit.plan_bytes:,} bytes, and the graph's weights "
+            f"{audit.weights_bytes:,}",
+            hint=_REPORT,
+        )
+    if audit.zero_share > audit.weights_zero_share + _MOST_ADDED_ZEROS:
+        raise AuditError(
+            f"the plan of {component} lost weights: {audit.zero_share:.0%} of its bytes are zero, and "
+            f"{audit.weights_zero_share:.0%} of the weights'",
+            hint=_REPORT,
+        )
+    if kind == "tensorrt-rtx" and audit.weights_found < _LEAST_FOUND_SHARE * audit.weights_sampled:
+        raise AuditError(
+            f"the plan of {component} lost weights: of {audit.weights_sampled} that were looked for in it, "
+            f"{audit.weights_found} are there",
+            hint=_REPORT,
+        )
+    if audit.other_precision:
+        raise AuditError(
+            f"{component} was to compute in {precision}, and {len(audit.other_precision)} layers do not: "
+            f"{_list_names(audit.other_precision)}",
+            hint=_REPORT,
+        )
+    if audit.attention_native != audit.attention_layers and (native or require_fused):
+        raise AuditError(
+            f"{component} has {audit.attention_layers} attention layers in torch and {audit.attention_native} in its "
+            f"network; written out: {_list_names(network.softmax)}",
+            hint='leave out dialect = "opset18", which writes attention out',
+        )
+    if require_fused and audit.attention_layers and not audit.attention_fused:
+        raise AuditError(
+            f"attention in {component} is not fused: there is no dedicated kernel for its shapes",
+            hint="build for one static size, or leave out --require-fused",
+        )
+
+
+_REPORT = "this is a defect of TensorRT or of sdopt: please report it with sdopt inspect --json of the graph"
+
+
+def _list_names(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown or "none"
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    for index in range(network.num_layers):
+        yield network.get_layer(index)
+
+
+def _attention(network: Any, library: Any) -> Iterator[Any]:
+    for layer in _layers(network):
+        if layer.type.name == "ATTENTION_INPUT":
+            # The network gives base classes; what belongs to a kind of layer is reached through its own.
+            layer.__class__ = library.IAttentionInputLayer
+            yield layer.attention
+
+
+def _name_of(layer: Any) -> str:
+    """The node of the graph that a layer comes from; the layer's own name where the parser says none."""
+    match = _NODE.search(layer.metadata)
+    return match[1] if match else str(layer.name)

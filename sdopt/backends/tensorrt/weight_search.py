@@ -1,0 +1,91 @@
+"""Are the weights in the plan? Some of them are looked for, byte for byte, while the plan is written.
+
+A plan holds most weights as the graph has them, or with the axes of a matrix or of a convolution in another order.
+Those that another operation was folded into (attention's scale goes into the projections of queries and keys) are not
+found; so a share is judged, not each. TensorRT-RTX compiles where it runs and keeps weights plain; general TensorRT may
+rearrange them for its kernels, and is not judged by this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+_SAMPLES = 12
+_WINDOW_ELEMENTS = 24
+# A window with fewer different bytes (zeros, ones of a norm) could be anywhere.
+_LEAST_DISTINCT_BYTES = 12
+_NUMPY: dict[int, type[np.generic]] = {
+    onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.BFLOAT16: np.uint16,
+    onnx.TensorProto.INT8: np.int8,
+}  # fmt: skip
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class WeightRange:
+    """A weight of the graph: where its bytes are in the weight file, and what they are."""
+
+    name: str
+    offset: int
+    length: int
+    data_type: int
+    shape: tuple[int, ...]
+
+
+class WeightSearch:
+    """Feed the plan's pieces in order; `found` of `sampled` weights were in them."""
+
+    def __init__(self, weights: Sequence[WeightRange], data: Array) -> None:
+        self._wanted = [patterns for weight in _pick(weights) if (patterns := list(_patterns(weight, data)))]
+        self._longest = max((len(p) for patterns in self._wanted for p in patterns), default=1)
+        self._tail = b""
+        self.sampled = len(self._wanted)
+
+    @property
+    def found(self) -> int:
+        return self.sampled - len(self._wanted)
+
+    def feed(self, piece: bytes) -> None:
+        if not self._wanted:
+            return
+        # A window may lie across two pieces.
+        edge = self._tail + piece[: self._longest]
+        self._wanted = [ps for ps in self._wanted if not any(p in piece or p in edge for p in ps)]
+        self._tail = piece[-self._longest :]
+
+
+def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
+    """Matrices and kernels, spread evenly over all of their bytes."""
+    large = [w for w in weights if len(w.shape) >= 2 and w.data_type in _NUMPY and min(w.shape[:2]) >= _WINDOW_ELEMENTS]
+    ends = np.cumsum([w.length for w in large])
+    if not large:
+        return []
+    places = (np.arange(_SAMPLES) + 0.5) / _SAMPLES * ends[-1]
+    return [large[index] for index in dict.fromkeys(int(i) for i in np.searchsorted(ends, places))]
+
+
+def _patterns(weight: WeightRange, data: Array) -> Iterator[bytes]:
+    """The beginning of a weight in each order of axes that plans have, as stored and widened to fp32."""
+    raw = data[weight.offset : weight.offset + weight.length].view(_NUMPY[weight.data_type]).reshape(weight.shape)
+    rows: list[Array] = [raw.reshape(-1)[:_WINDOW_ELEMENTS], raw.reshape(len(raw), -1)[:_WINDOW_ELEMENTS, 0]]
+    if raw.ndim == 4:
+        rows.append(raw[0, :_WINDOW_ELEMENTS, 0, 0])
+    for row in rows:
+        for values in _widths(row, weight.data_type):
+            pattern = np.ascontiguousarray(values).tobytes()
+            if len(set(pattern)) >= _LEAST_DISTINCT_BYTES:
+                yield pattern
+
+
+def _widths(row: Array, data_type: int) -> Iterator[Array]:
+    yield row
+    if data_type == onnx.TensorProto.FLOAT16:
+        yield row.astype(np.float32)
+    if data_type == onnx.TensorProto.BFLOAT16:
+        yield row.astype(np.uint32) << 16

@@ -1,0 +1,79 @@
+"""The fidelity stage: the verdict on the pictures, from the store or by drawing.
+
+Engines for a GPU that this machine has not are judged by their graphs: ONNX Runtime runs those that are typed fp16 with
+fp16's own rounding and overflow, OpenVINO those that are typed bf16. The verdict then says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sdopt.artifacts.files import hash_file
+from sdopt.artifacts.fingerprint import digest_of
+from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
+from sdopt.artifacts.store import Store
+from sdopt.backends.open import probe_backend
+from sdopt.build.resolve import needs_gpu
+from sdopt.build.staging import Staging
+from sdopt.errors import FidelityError
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
+
+STAGE = "fidelity"
+_RECORD_NAME = "fidelity.json"
+
+
+def judge(draft: BundleManifest, store: Store, staging: Staging) -> FidelityRecord:
+    """The verdict on the engines, or on their graphs. Raises `FidelityError` where it is no pass."""
+    if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
+        return draft.fidelity
+    drawn = _runnable_here(draft)
+    key = _fidelity_key(drawn, staging.folder)
+    folder = store.find(STAGE, key)
+    if folder is None:
+        from sdopt.fidelity.verdict import judge_fidelity
+
+        record = judge_fidelity(staging.folder, drawn, staging.work)
+        if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
+            store.put(STAGE, key, {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+    else:
+        record = FidelityRecord.model_validate_json((folder / _RECORD_NAME).read_bytes())
+    if record.verdict is Verdict.FAIL:
+        raise FidelityError(
+            f"the engines do not draw what torch draws: {record.reason}",
+            hint="try --precision fp32; --no-verify publishes the bundle without a verdict",
+        )
+    return record if drawn is draft else _of_graphs(record)
+
+
+def _runnable_here(draft: BundleManifest) -> BundleManifest:
+    """The manifest itself, or one whose GPU engines are replaced by a CPU runtime on the same graphs."""
+    missing = [r for r in draft.components.values() if needs_gpu(r.backend) and not probe_backend(r.backend).available]
+    if not missing:
+        return draft
+    components = {name: _on_cpu(record) for name, record in draft.components.items()}
+    return draft.model_copy(update={"components": components})
+
+
+def _on_cpu(record: ComponentRecord) -> ComponentRecord:
+    bf16 = record.precision is Precision.BF16
+    return record.model_copy(update={"backend": OpenVINOSettings() if bf16 else OnnxRuntimeSettings(), "plans": ()})
+
+
+def _of_graphs(record: FidelityRecord) -> FidelityRecord:
+    reason = f"the graphs, run on the CPU, draw what torch draws; the engines have not run on a GPU. {record.reason}"
+    return record.model_copy(update={"verdict": Verdict.GRAPHS_PASS, "reason": reason})
+
+
+def _fidelity_key(draft: BundleManifest, folder: Path) -> str:
+    """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt."""
+    dump = draft.model_dump(mode="json")
+    parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}
+    environment = dump["environment"]
+    texts = sorted([*folder.glob("scheduler/*"), *folder.glob("tokenizer*/*")])
+    return digest_of(
+        [parts, dump["source"]["digest"], dump["recipe"]["verify"], dump["prediction"], environment["libraries"],
+         environment["processor"], environment["cpu_features"], environment["sdopt"],
+         [[path.relative_to(folder).as_posix(), hash_file(path)] for path in texts]]
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Graphs and weights -> TensorRT plans: which are wanted, the ladder that makes them, and the child that builds one."""

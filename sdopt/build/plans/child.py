@@ -1,0 +1,126 @@
+"""One TensorRT plan, built and audited in this process: the entry of a child of `sdopt.build.plans.make`."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from sdopt.artifacts.files import disk_errors, write_file
+from sdopt.artifacts.manifest import PlanAudit
+from sdopt.errors import AuditError
+from sdopt.isolation import JsonTable
+from sdopt.model.component import ComponentName
+from sdopt.model.precision import Precision
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to build, each taking less memory than the one before: `side_by_side` builds two plans at a time.
+
+    The workspace is memory of the GPU that general TensorRT works in; None leaves the library's own limit.
+    """
+
+    name: str
+    side_by_side: bool = False
+    weight_streaming: bool = False
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """One plan, as it crosses to the child in JSON.
+
+    `profiles` has a table of (min, opt, max) shapes by input for each optimisation profile. `attention_layers` are
+    those of torch; `native` says that the graph has one attention node for each of them.
+    """
+
+    kind: Literal["tensorrt-rtx", "tensorrt"]
+    component: ComponentName
+    precision: Precision
+    graph: Path
+    weights: Path
+    output: Path
+    generation: str
+    profiles: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]
+    attention_layers: int
+    native: bool
+    require_fused: bool
+    rung: Rung
+    memory_limit_bytes: int | None
+    timing_cache: Path | None
+
+
+JOB = TypeAdapter(PlanJob)
+
+
+def build_in_child(arguments: JsonTable) -> JsonTable:
+    """Build the plan of a `PlanJob` at its `output`; returns its digest, size, audit and time."""
+    job = JOB.validate_python(arguments)
+    if job.memory_limit_bytes is not None:
+        # Of the process's own memory; the mapped weight file, whose pages come and go, is not counted.
+        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit_bytes, job.memory_limit_bytes))
+    started = time.monotonic()
+    with disk_errors(job.output):
+        sha256, audit, version = _build(job)
+    return {
+        "sha256": sha256, "version": version, "audit": audit.model_dump(mode="json"),
+        "build_s": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
+    """Parse, audit the network, build, audit the plan. (SHA-256 of the plan, its audit, the library's version)."""
+    from sdopt.backends.tensorrt.audit import allow_decomposed_attention, audit_network, judge_plan
+    from sdopt.backends.tensorrt.builder import BuildOptions, NoFusedKernelError, build_plan
+    from sdopt.backends.tensorrt.library import load_library
+    from sdopt.backends.tensorrt.network import parse_graph
+    from sdopt.graph.audit import check_graph_file
+    from sdopt.graph.scalars import lift_scalars
+
+    library = load_library(job.kind)
+    label = f"building {job.component} for {job.generation}"
+    cache = None if job.timing_cache is None else _read_cache(job.timing_cache)
+    options = BuildOptions(job.generation, job.profiles, job.rung.weight_streaming, job.rung.workspace_bytes, cache)
+    model = check_graph_file(job.graph)
+    if job.kind == "tensorrt":
+        lift_scalars(model)
+    with parse_graph(library, model, job.weights, component=job.component) as parsed:
+        try:
+            built = build_plan(parsed, options, job.output, label=label)
+        except NoFusedKernelError as error:
+            if job.require_fused:
+                raise AuditError(
+                    f"attention in {job.component} cannot be fused: {library.__name__} has no dedicated kernel for its "
+                    "shapes",
+                    hint="build for one static size, or leave out --require-fused",
+                ) from error
+            allow_decomposed_attention(parsed.network, library)
+            built = build_plan(parsed, options, job.output, label=label)
+        network = audit_network(parsed.network, library, job.precision)
+        audit = PlanAudit(
+            attention_layers=job.attention_layers, attention_native=network.attention_native,
+            attention_fused=network.attention_fused, compute_layers=network.compute_layers,
+            other_precision=network.other_precision, plan_bytes=built.size_bytes, weights_bytes=parsed.weights_bytes,
+            zero_share=round(built.zero_share, 6), weights_zero_share=round(parsed.weights_zero_share, 6),
+            weights_sampled=parsed.search.sampled, weights_found=parsed.search.found,
+        )  # fmt: skip
+        judge_plan(
+            job.kind, job.component, audit, network, job.precision, require_fused=job.require_fused, native=job.native
+        )
+    if built.timing_cache is not None and job.timing_cache is not None:
+        write_file(job.timing_cache, built.timing_cache)
+    return built.sha256, audit, str(library.__version__)
+
+
+def _read_cache(path: Path) -> bytes:
+    """The timings of kernels that earlier builds took; empty at first."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return b""

@@ -1,0 +1,130 @@
+"""Which plans a bundle needs: one for each component, GPU generation and set of shapes, with its key in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sdopt.artifacts.fingerprint import digest_of
+from sdopt.artifacts.gpu import find_gpus
+from sdopt.artifacts.machine import find_version
+from sdopt.artifacts.manifest import FileRecord
+from sdopt.build.resolve import BuildPlan
+from sdopt.errors import MissingHardware, UsageError
+from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
+from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
+from sdopt.model.target import PORTABLE, Runtime
+
+# A build holds two copies of the weights beside the library and its working memory: SD1.5's UNet (1.72 GB) took 3.7 GB,
+# SDXL's (5.14 GB) 9.9 GB (benchmarks/plan_budget.py).
+_COPIES, _FIXED_BYTES = 2.0, 350_000_000
+
+Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, usual and largest shape of an input."""
+Shapes = tuple[tuple[tuple[str, Bounds], ...], ...]
+"""The bounds of every input by name, once for each optimisation profile."""
+
+
+@dataclass(frozen=True)
+class WantedPlan:
+    """A plan to be. Profiles share it where they differ in nothing that the component sees."""
+
+    component: ComponentName
+    generation: str
+    profile: ShapeProfile
+    indices: tuple[int, ...]
+    key: str
+
+
+def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) -> list[WantedPlan]:
+    """One for each component, generation and set of shapes, the largest component first."""
+    wanted: list[WantedPlan] = []
+    for name in sorted(plan.components, key=lambda name: -weights[name].size_bytes):
+        part = plan.components[name]
+        shapes = [input_shapes(part.spec, profile, pixels_per_latent(plan)) for profile in plan.profiles]
+        for shape in dict.fromkeys(shapes):
+            indices = tuple(index for index, other in enumerate(shapes) if other == shape)
+            for generation in generations(plan):
+                key = digest_of(
+                    {"graph": part.architecture, "weights": weights[name].sha256, "shapes": shape,
+                     "kind": part.backend.kind, "version": library_version(plan), "generation": generation,
+                     "system": system_name(), "require_fused": plan.recipe.require_fused}
+                )  # fmt: skip
+                wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key))
+    return wanted
+
+
+def generations(plan: BuildPlan) -> tuple[str, ...]:
+    """What the plans are for; general TensorRT builds for the GPU that is there, or raises `MissingHardware`."""
+    if plan.recipe.target.runtime is Runtime.RTX:
+        return plan.recipe.target.generations or (PORTABLE,)
+    if plan.recipe.target.runtime is not Runtime.TENSORRT:
+        return ()
+    gpus = find_gpus()
+    if not gpus:
+        raise MissingHardware(
+            "general TensorRT builds for the GPU of this machine, and there is none",
+            hint="build on the GPU machine, or ahead of time with TensorRT-RTX: --target rtx:sm89",
+        )
+    return (gpus[0].generation,)
+
+
+def require_builder(plan: BuildPlan) -> None:
+    """Raise, before any work, where the library that builds the plans is missing or builds for no such generation.
+
+    `MissingDependency`, `MissingHardware`, or `UsageError` that names what the library can build for.
+    """
+    from sdopt.backends.tensorrt.library import buildable_generations, load_library
+
+    kind: Literal["tensorrt-rtx", "tensorrt"] = (
+        "tensorrt-rtx" if plan.recipe.target.runtime is Runtime.RTX else "tensorrt"
+    )
+    library, known = load_library(kind), buildable_generations(kind)
+    for generation in generations(plan):
+        if kind == "tensorrt-rtx" and generation not in (*known, PORTABLE):
+            raise UsageError(
+                f"TensorRT-RTX {library.__version__} cannot build for {generation}",
+                hint=f"it builds for {', '.join(known)}, and --target rtx makes one plan for Ampere and later",
+            )
+
+
+def system_name() -> str:
+    """Operating system and architecture, which a plan does not leave."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def library_version(plan: BuildPlan) -> str:
+    """The installed version of the target's library, from its package: nothing is imported."""
+    return find_version("tensorrt-rtx" if plan.recipe.target.runtime is Runtime.RTX else "tensorrt")
+
+
+def input_shapes(spec: ComponentSpec, profile: ShapeProfile, factor: int) -> Shapes:
+    """(min, opt, max) of every input, once for each optimisation profile: those of the prompt lengths."""
+    chunks = profile.chunk_counts if "prompt_tokens" in spec.named_axes else (1,)
+    return tuple(_shapes_of(spec, _with_chunks(profile, count).axis_extents(factor)) for count in chunks)
+
+
+def _with_chunks(profile: ShapeProfile, chunks: int) -> ShapeProfile:
+    return dataclasses.replace(profile, tokens=Extent.static(chunks * CHUNK_TOKENS))
+
+
+def _shapes_of(spec: ComponentSpec, extents: Mapping[str, Extent]) -> tuple[tuple[str, Bounds], ...]:
+    def bound(axes: tuple[int | str, ...], side: str) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else int(getattr(extents[axis], side)) for axis in axes)
+
+    return tuple(
+        (tensor.name, (bound(tensor.axes, "min"), bound(tensor.axes, "opt"), bound(tensor.axes, "max")))
+        for tensor in spec.inputs
+    )
+
+
+def peak_bytes(weights_bytes: int) -> int:
+    """Peak memory of building a plan of so many bytes of weights."""
+    return int(weights_bytes * _COPIES) + _FIXED_BYTES
+
+
+def pixels_per_latent(plan: BuildPlan) -> int:
+    return vae_factor(plan.components[ComponentName.VAE_DECODER].config)

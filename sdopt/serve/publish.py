@@ -1,0 +1,95 @@
+"""Folders for other tools: whole or not there, and never in the place of what sdopt did not make."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdopt._version import __version__
+from sdopt.artifacts.files import disk_errors, fsync_folder, require_free_disk, resolve_inside, write_file
+from sdopt.artifacts.fingerprint import digest_of
+from sdopt.artifacts.manifest import BundleManifest, read_manifest
+from sdopt.errors import ArtifactError
+from sdopt.model.component import ComponentName
+from sdopt.pipeline.preflight import require_sound
+
+MARKER_NAME = "sdopt-export.json"
+_REQUIRED = {ComponentName.UNET, ComponentName.VAE_DECODER}
+
+
+def open_bundle(folder: Path) -> BundleManifest:
+    """The manifest of a bundle that is sound and can draw. Raises `ArtifactError` or `UnsafeInputError`."""
+    manifest = read_manifest(folder)
+    require_sound(folder, manifest)
+    if missing := _REQUIRED - manifest.components.keys():
+        raise ArtifactError(
+            f"{folder} is no whole pipeline: it lacks {', '.join(sorted(missing))}", hint="build the bundle again"
+        )
+    return manifest
+
+
+@contextmanager
+def staged(output: Path, kind: str, manifest: BundleManifest, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the block ends, and vanishes when it fails.
+
+    Raises `ArtifactError` where `output` holds anything but an earlier export of the same kind, and `MissingHardware`
+    where the disk has no room for `needed_bytes`.
+    """
+    output = output.absolute()
+    _require_ours(output, kind)
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        require_free_disk(output.parent, needed_bytes)
+        root = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.sdopt-export."))
+        retired = root / "retired"
+        try:
+            growing = root / "export"
+            growing.mkdir()
+            yield growing
+            marker = {"kind": kind, "sdopt": __version__, "bundle": digest_of(manifest.model_dump(mode="json"))}
+            write_file(growing / MARKER_NAME, (json.dumps(marker, indent=1) + "\n").encode())
+            for folder, _, _ in os.walk(growing, topdown=False):
+                fsync_folder(Path(folder))
+            if output.exists():
+                output.rename(retired)
+            growing.rename(output)
+            fsync_folder(output.parent)
+        finally:
+            if retired.exists() and not output.exists():
+                retired.rename(output)
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def copy_file(folder: Path, relative: str, target: Path) -> None:
+    """A real copy, never a link: ONNX runtimes refuse weight files with several names."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(resolve_inside(folder, relative), target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def sum_bytes(manifest: BundleManifest, files: Iterable[str]) -> int:
+    return sum(manifest.files[name].size_bytes for name in files)
+
+
+def _require_ours(output: Path, kind: str) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ArtifactError(f"{output} is no folder", hint="choose another with -o")
+    if any(parent.exists() and not parent.is_dir() for parent in output.parents):
+        raise ArtifactError(f"{output} cannot be made: a file is in its way", hint="choose another with -o")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    try:
+        found = json.loads((output / MARKER_NAME).read_bytes())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise ArtifactError(
+            f"{output} is not empty, and is no earlier sdopt export {kind}", hint="choose another folder with -o"
+        )
