@@ -28,8 +28,11 @@ from sdopt.errors import MissingHardware, SdoptError
 
 _PR_SET_PDEATHSIG = 1
 _STDERR_SHOWN_CHARS = 4000
-# How the allocators of torch, ONNX Runtime, OpenVINO and the dynamic linker say it, in exceptions of their own.
-_OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "failed to map segment")
+# How the allocators of torch, ONNX Runtime, OpenVINO, CUDA and the dynamic linker say it, in exceptions of their own.
+_OUT_OF_MEMORY = (
+    "allocate memory", "bad_alloc", "bad allocation", "failed to map segment", "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 JsonTable = dict[str, Any]
 

@@ -12,6 +12,7 @@ from sdopt.bench.report import (
     BenchReport,
     CandidateRecord,
     CaseRecord,
+    DeviceMemoryRecord,
     MachineRecord,
     MethodRecord,
     ProcessRecord,
@@ -39,6 +40,23 @@ def make_process(position: int, whole_ms: tuple[int, ...]) -> ProcessRecord:
             Stage.END_TO_END: tuple(ms * MS for ms in whole_ms),
         },
     )  # fmt: skip
+
+
+def make_gpu_processes() -> tuple[ProcessRecord, ...]:
+    """Two processes on a GPU: the second held more of it for its UNet."""
+    text_encoder = DeviceMemoryRecord(weights_bytes=250_000_000, activations_bytes=90_000_000, buffers_bytes=1_000_000)
+    unet = DeviceMemoryRecord(weights_bytes=1_700_000_000, activations_bytes=400_000_000, buffers_bytes=2_000_000)
+    larger = unet.model_copy(update={"activations_bytes": 600_000_000})
+    return tuple(
+        make_process(position, (100, 104)).model_copy(
+            update={
+                "peak_device_bytes": 3_100_000_000,
+                "torch_peak_device_bytes": 700_000_000,
+                "device_memory": {ComponentName.TEXT_ENCODER: text_encoder, ComponentName.UNET: each},
+            }
+        )
+        for position, each in ((0, unet), (3, larger))
+    )
 
 
 def make_fidelity(prompts: tuple[str, ...], psnr_db: float | None = 45.0) -> tuple[ImageFidelity, ...]:

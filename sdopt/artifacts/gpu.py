@@ -17,6 +17,8 @@ class Gpu:
 
     record: GpuRecord
     free_bytes: int
+    uuid: str = ""
+    """As NVML writes it: `GPU-…`, or `MIG-…` for a slice."""
 
     @property
     def name(self) -> str:
@@ -114,4 +116,4 @@ def _describe(nvml: Any, device: _Device) -> Gpu:
         name=nvml.nvmlDeviceGetName(device.parent), generation=f"sm{major}{minor}", memory_bytes=total_bytes,
         driver=nvml.nvmlSystemGetDriverVersion(), cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
     )  # fmt: skip
-    return Gpu(record, free_bytes)
+    return Gpu(record, free_bytes, device.uuid)

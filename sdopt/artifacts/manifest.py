@@ -95,7 +95,8 @@ class PlanAudit(_Record):
     weights_zero_share: float
     weights_sampled: int
     weights_found: int
-    """Of the sampled weights, those that lie in the plan byte for byte; some are folded with what follows them."""
+    """Of the sampled weights, those that were met in the plan byte for byte until half were; some are folded with what
+    follows them, and are not."""
 
 
 PlanFlavour = Literal["tensorrt-rtx", "tensorrt"]
@@ -122,6 +123,8 @@ class PlanRecord(_Record):
     build_s: float
     build_peak_bytes: int
     """Peak resident memory of the process that built it."""
+    build_peak_device_bytes: int | None = None
+    """The most that this process held of a GPU; null where it used none, or where NVML is not there to say it."""
     audit: PlanAudit
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sdopt.artifacts.manifest import BundleManifest
-from sdopt.build.resolve import needs_gpu
 from sdopt.errors import UsageError
+from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.verdict import least_precision
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
@@ -57,11 +57,6 @@ class Candidate:
 
     def settings_by_component(self, manifest: BundleManifest) -> dict[ComponentName, BackendSettings]:
         return {name: self.settings or record.backend for name, record in manifest.components.items()}
-
-
-def engines_use_gpu(manifest: BundleManifest) -> bool:
-    """Whether the engines compute on a GPU: torch is then measured there, too."""
-    return any(needs_gpu(record.backend) for record in manifest.components.values())
 
 
 def usual_baselines(manifest: BundleManifest) -> tuple[Baseline, ...]:

@@ -10,20 +10,21 @@ import contextlib
 import importlib
 import itertools
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
+from sdopt.artifacts.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.artifacts.manifest import BundleManifest
-from sdopt.bench.candidates import engines_use_gpu
+from sdopt.backends.protocol import Session
 from sdopt.bench.clock import Clock
-from sdopt.bench.device_memory import DeviceMemoryPeak, sample_device_memory
-from sdopt.build.resolve import needs_gpu
-from sdopt.fidelity.candidate import open_candidate, parse_settings
+from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings
 from sdopt.fidelity.draw import batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
-from sdopt.model.recipe import BackendSettings
+from sdopt.model.recipe import BackendSettings, needs_gpu
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def measure(arguments: JsonTable) -> JsonTable:
-    """Run a candidate; the result is a `ProcessRecord` without position and memory, and the scheduler's name.
+    """Run a candidate; the result is a `ProcessRecord` without position and host memory, and the scheduler's name.
 
     `launched_ns` is the parent's `time.monotonic_ns`, a clock that all processes of a machine share.
     """
@@ -45,7 +46,13 @@ def measure(arguments: JsonTable) -> JsonTable:
     progress.update(f"{label}: opening", 0.0)
     folder, settings = Path(arguments["folder"]), parse_settings(arguments["settings"])
     gpu = _find_own_gpu(manifest, settings)
-    with _watch(gpu) as peak, open_candidate(folder, manifest, settings, clock.wrap) as pipeline:
+    sessions: list[Session] = []
+
+    def keep(session: Session) -> Session:
+        sessions.append(session)
+        return clock.wrap(session)
+
+    with _watch(gpu) as peak, open_candidate(folder, manifest, settings, keep) as pipeline:
         opened_ns = time.monotonic_ns()
         starts = batch_starts(manifest, scene)
         drawings = [
@@ -72,7 +79,9 @@ def measure(arguments: JsonTable) -> JsonTable:
             write_drawing(join_drawings(drawings), Path(arguments["output"]))
         clock.take()
         _time_pictures(pipeline, manifest, scene, clock, arguments)
+        device_memory = read_device_memory(sessions)
     return {
+        "device_memory": device_memory,
         "peak_device_bytes": peak.peak_bytes,
         "torch_peak_device_bytes": None if gpu is None else _torch_peak_bytes(),
         "import_ns": imported_ns - arguments["launched_ns"],
@@ -95,6 +104,12 @@ def _find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) ->
 
 def _watch(gpu: GpuIdentity | None) -> contextlib.AbstractContextManager[DeviceMemoryPeak]:
     return contextlib.nullcontext(DeviceMemoryPeak()) if gpu is None else sample_device_memory(gpu.uuid)
+
+
+def read_device_memory(sessions: Sequence[Session]) -> dict[str, dict[str, Any]]:
+    """What each open session holds of its GPU, by component, as a `DeviceMemoryRecord` takes it."""
+    held = {session.spec.name: session.memory().device for session in sessions}
+    return {name: asdict(device) for name, device in held.items() if device is not None}
 
 
 def _torch_peak_bytes() -> int:

@@ -84,6 +84,8 @@ def render_html(result: BenchResult) -> str:
         stages=[(stage, _name_stage(stage)) for stage in Stage if any(stage in row.stages for row in rows)],
         baseline=baseline.label if (baseline := find_baseline(report)) else "torch eager fp32",
         on_gpu=any(row.peak_device_bytes is not None for row in rows),
+        on_gpu_by_torch=any(row.torch_peak_device_bytes is not None for row in rows),
+        device_memory=any(row.device_memory for row in rows),
         end_to_end=Stage.END_TO_END,
         ok=Status.OK,
         engines=ENGINES,

@@ -96,6 +96,23 @@ class MachineRecord(_Record):
         return self.neighbours_cores > NEIGHBOURS_ALLOWED_CORES
 
 
+class DeviceMemoryRecord(_Record):
+    """What one open engine holds of a GPU, as its runtime says: `sdopt.backends.protocol.DeviceMemory`.
+
+    TensorRT says no more of a context than its scratch memory; its kernels are only in the process's peak.
+    """
+
+    weights_bytes: int
+    activations_bytes: int | None
+    """Scratch memory while it runs; null where the runtime does not say. Engines that run in turn share the largest."""
+    buffers_bytes: int
+    """Inputs and outputs that each context keeps."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + (self.activations_bytes or 0) + self.buffers_bytes
+
+
 class ProcessRecord(_Record):
     """One fresh process. Cold start counts from its launch to its first picture: import, load, compile,
     draw.
@@ -113,6 +130,8 @@ class ProcessRecord(_Record):
     """All that the process held of its GPU at the peak, as NVML says; null on the CPU and where NVML is not."""
     torch_peak_device_bytes: int | None = None
     """What of it torch's allocator held: TensorRT's weights are not its own."""
+    device_memory: dict[ComponentName, DeviceMemoryRecord] = Field(default_factory=dict)
+    """By component, after the last picture; those whose runtime does not say are left out, as on the CPU."""
     samples_ns: dict[Stage, tuple[int, ...]]
 
 

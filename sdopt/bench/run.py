@@ -16,11 +16,11 @@ from sdopt import progress
 from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ImageFidelity, read_manifest
-from sdopt.bench.candidates import Baseline, Candidate, engines_use_gpu, list_candidates
+from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, CandidateRecord, CaseRecord, MethodRecord, ProcessRecord, Status
 from sdopt.errors import MissingDependency, SdoptError
-from sdopt.fidelity.candidate import dump_settings
+from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE, compare_drawings

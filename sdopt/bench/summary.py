@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sdopt.bench.candidates import ENGINES, Baseline
-from sdopt.bench.report import BenchReport, CandidateRecord, Stage, Status
+from sdopt.bench.report import BenchReport, CandidateRecord, DeviceMemoryRecord, ProcessRecord, Stage, Status
 from sdopt.bench.stats import Ratio, Summary, compare_speed, summarize
 from sdopt.fidelity.verdict import find_limits, format_psnr
+from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 
 # Smaller differences are called none: another layout of the same code in memory makes as much.
@@ -20,7 +21,10 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class CandidateSummary:
-    """A candidate's derived figures. `speed` is against the baseline; None where either was not measured."""
+    """A candidate's derived figures. `speed` is against the baseline; None where either was not measured.
+
+    `device_memory` is what its engines hold of the GPU, by component; empty where no runtime says it.
+    """
 
     record: CandidateRecord
     stages: dict[Stage, Summary]
@@ -30,6 +34,8 @@ class CandidateSummary:
     cold_start_ns: float | None
     peak_rss_bytes: int | None
     peak_device_bytes: int | None
+    torch_peak_device_bytes: int | None
+    device_memory: dict[ComponentName, DeviceMemoryRecord]
 
     @property
     def whole(self) -> Summary | None:
@@ -57,7 +63,6 @@ def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> Can
     if baseline is not None and baseline.name != record.name:
         speed = compare_speed(baseline.samples_of(Stage.END_TO_END), record.samples_of(Stage.END_TO_END))
     processes = record.processes
-    device = [process.peak_device_bytes for process in processes if process.peak_device_bytes is not None]
     # The least of several cold starts: the first one also pays for a cold disk cache.
     return CandidateSummary(
         record, stages, speed,
@@ -65,8 +70,21 @@ def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> Can
         first_picture_ns=min((process.first_picture_ns for process in processes), default=None),
         cold_start_ns=min((process.cold_start_ns for process in processes), default=None),
         peak_rss_bytes=max((process.peak_rss_bytes for process in processes), default=None),
-        peak_device_bytes=max(device, default=None),
+        peak_device_bytes=_most(process.peak_device_bytes for process in processes),
+        torch_peak_device_bytes=_most(process.torch_peak_device_bytes for process in processes),
+        device_memory=_most_device_memory(processes),
     )  # fmt: skip
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _most_device_memory(processes: Sequence[ProcessRecord]) -> dict[ComponentName, DeviceMemoryRecord]:
+    """Of each component, the record of the process in which it held most."""
+    records = [(name, memory) for process in processes for name, memory in process.device_memory.items()]
+    most = dict(sorted(records, key=lambda item: item[1].total_bytes))
+    return {name: most[name] for name in dict(records)}
 
 
 def describe_result(report: BenchReport) -> str:
@@ -90,7 +108,7 @@ def describe_result(report: BenchReport) -> str:
     if report.machine.was_shared:
         shared = f"{report.machine.neighbours_cores:.1f} of {report.machine.logical_cores} cores"
         first += f". Other programs kept {shared} busy, so measure again before you believe the times"
-    return f"{first}. {_describe_pictures(report, engines)}"
+    return f"{first}. {_describe_pictures(report, engines)}{_describe_device_memory(engines)}"
 
 
 def _describe_speed(ratio: Ratio) -> str:
@@ -107,6 +125,24 @@ def _describe_pictures(report: BenchReport, engines: CandidateRecord) -> str:
     if all(agrees(report, engines)):
         return f"The pictures agree with those of torch fp32 ({figures})."
     return f"The pictures differ from those of torch fp32 ({figures.replace(' or better', '')})."
+
+
+def _describe_device_memory(engines: CandidateRecord) -> str:
+    held = _most_device_memory(engines.processes).values()
+    if not held:
+        return ""
+    # They run in turn, and share the largest scratch memory.
+    activations_bytes = _most(memory.activations_bytes for memory in held)
+    parts = {
+        "weights": sum(memory.weights_bytes for memory in held),
+        "activations": activations_bytes,
+        "inputs and outputs": sum(memory.buffers_bytes for memory in held),
+    }
+    known = {name: size for name, size in parts.items() if size is not None}
+    listed = _join([f"{format_bytes(size)} of {name}" for name, size in known.items()])
+    text = f" On the GPU its engines hold {format_bytes(sum(known.values()))}: {listed}"
+    peak_bytes = _most(process.peak_device_bytes for process in engines.processes)
+    return f"{text}." if peak_bytes is None else f"{text}; the process held {format_bytes(peak_bytes)} at its peak."
 
 
 def agrees(report: BenchReport, record: CandidateRecord) -> tuple[bool, ...]:

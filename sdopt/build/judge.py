@@ -14,11 +14,11 @@ from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
 from sdopt.artifacts.store import Store
 from sdopt.backends.open import probe_backend
-from sdopt.build.resolve import needs_gpu
 from sdopt.build.staging import Staging
 from sdopt.errors import FidelityError
+from sdopt.fidelity.candidate import find_reference_device
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
+from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, needs_gpu
 
 STAGE = "fidelity"
 _RECORD_NAME = "fidelity.json"
@@ -67,13 +67,18 @@ def _of_graphs(record: FidelityRecord) -> FidelityRecord:
 
 
 def _fidelity_key(draft: BundleManifest, folder: Path) -> str:
-    """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt."""
+    """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt.
+
+    The GPUs count where torch draws on one of them.
+    """
     dump = draft.model_dump(mode="json")
     parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}
     environment = dump["environment"]
+    device = find_reference_device(draft)
     texts = sorted([*folder.glob("scheduler/*"), *folder.glob("tokenizer*/*")])
     return digest_of(
         [parts, dump["source"]["digest"], dump["recipe"]["verify"], dump["prediction"], environment["libraries"],
          environment["processor"], environment["cpu_features"], environment["sdopt"],
+         device, environment["gpus"] if device == "cuda" else [],
          [[path.relative_to(folder).as_posix(), hash_file(path)] for path in texts]]
     )  # fmt: skip

@@ -26,6 +26,7 @@ from sdopt.model.recipe import (
     OpenVINOSettings,
     TensorRTSettings,
     TorchSettings,
+    needs_gpu,
 )
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
 from sdopt.model.target import Runtime, Target
@@ -162,13 +163,6 @@ def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
         case Precision.BF16, TensorRTSettings():
             return DType.BF16
     return DType.FP32
-
-
-def needs_gpu(backend: BackendSettings) -> bool:
-    match backend:
-        case TensorRTSettings() | OnnxRuntimeSettings(device="cuda") | TorchSettings(device="cuda"):
-            return True
-    return False
 
 
 def _resolve_backend(target: Target, precision: Precision) -> BackendSettings:

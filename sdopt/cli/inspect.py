@@ -60,10 +60,12 @@ def _summarise_plan(plan: dict[str, Any]) -> str:
     fused = "all fused" if audit["attention_fused"] else "not all fused"
     other = audit["other_precision"]
     precision = f"{len(other)} layers in another precision" if other else "all layers in the precision asked for"
+    peak_bytes = plan["build_peak_device_bytes"]
+    on_gpu = "" if peak_bytes is None else f", with at most {peak_bytes:,} bytes of a GPU"
     return (
         f"{plan['flavour']} {plan['version']} for {plan['generation']} on {plan['system']}; attention "
         f"{audit['attention_native']} native of {audit['attention_layers']}, {fused}; {precision}; "
         f"{audit['plan_bytes']:,} bytes for {audit['weights_bytes']:,} of weights, {audit['zero_share']:.1%} zeros "
         f"(weights {audit['weights_zero_share']:.1%}), {audit['weights_found']} of {audit['weights_sampled']} sampled "
-        f"weights found in it; built in {plan['build_s']} s ({plan['rung']})"
+        f"weights found in it; built in {plan['build_s']} s ({plan['rung']}){on_gpu}"
     )

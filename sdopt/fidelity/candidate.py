@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
 
 from sdopt.artifacts.manifest import BundleManifest
+from sdopt.backends.open import probe_backend
 from sdopt.backends.protocol import Session
-from sdopt.model.recipe import BackendSettings
+from sdopt.model.recipe import BackendSettings, TorchSettings, needs_gpu
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,6 +31,18 @@ def dump_settings(settings: BackendSettings | None) -> dict[str, Any] | None:
 
 def parse_settings(values: dict[str, Any] | None) -> BackendSettings | None:
     return None if values is None else _SETTINGS.validate_python(values)
+
+
+def engines_use_gpu(manifest: BundleManifest) -> bool:
+    """Whether the engines compute on a GPU: then torch, which they are held against, is to do so, too."""
+    return any(needs_gpu(record.backend) for record in manifest.components.values())
+
+
+def find_reference_device(manifest: BundleManifest) -> Literal["cpu", "cuda"]:
+    """Where torch draws what the engines are judged by: on the GPU that they run on, where it is there."""
+    if engines_use_gpu(manifest) and probe_backend(TorchSettings(device="cuda")).available:
+        return "cuda"
+    return "cpu"
 
 
 def _same(session: Session) -> Session:

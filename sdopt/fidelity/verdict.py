@@ -18,6 +18,9 @@ checkpoint:
   engines pass where their error is at most 1.4 times torch's (3 dB), unless the pictures have little in
   common (`_LEAST_LIKENESS`).
 
+torch draws on the GPU where the engines do, in fp32 without TF32; on the CPU where the engines do, or where the GPU's
+memory is too small for fp32.
+
 A NaN, black or flat picture fails, unless torch draws it black or flat as well: then it is the checkpoint or
 the prompt, not the engines, and the reason says so.
 """
@@ -28,11 +31,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from sdopt import progress
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
+from sdopt.errors import MissingHardware
+from sdopt.fidelity.candidate import find_reference_device
 from sdopt.fidelity.draw import Drawing, draw_isolated
 from sdopt.fidelity.metrics import (
     FloatArray,
@@ -86,7 +92,7 @@ _LEAST_LIKENESS = Limit(15.0, 0.5)
 
 
 def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
-    """Draw with torch, with the engines and with torch again, and judge. `bundle.json` need not be there yet.
+    """Draw with the engines, with torch and with torch again, and judge. `bundle.json` need not be there yet.
 
     `work` is an existing folder for the inputs and drawings. Raises what the backends raise where a candidate
     cannot be opened or run; a bad picture is a record with the verdict FAIL, not an exception.
@@ -99,23 +105,35 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
         guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
     )  # fmt: skip
     write_scene(folder, manifest, scene)
-    reference = draw_isolated(folder, manifest, REFERENCE, scene, work / "torch.safetensors", label="torch fp32")
-    engines = draw_isolated(folder, manifest, None, scene, work / "engines.safetensors", label="the engines")
-    floor = draw_isolated(
-        folder,
-        manifest,
-        NOISE_FLOOR,
-        scene,
-        work / "noise-floor.safetensors",
-        label="torch fp32 again (noise floor)",
-    )
+
+    def draw(settings: TorchSettings | None, name: str, label: str) -> Drawing:
+        return draw_isolated(folder, manifest, settings, scene, work / f"{name}.safetensors", label=label)
+
+    def draw_by_torch(device: Literal["cpu", "cuda"]) -> tuple[Drawing, Drawing]:
+        return (
+            draw(_on(device, REFERENCE), "torch", "torch fp32"),
+            draw(_on(device, NOISE_FLOOR), "noise-floor", "torch fp32 again (noise floor)"),
+        )
+
+    engines = draw(None, "engines", "the engines")
+    device = find_reference_device(manifest)
+    try:
+        reference, floor = draw_by_torch(device)
+    except MissingHardware:
+        if device == "cpu":
+            raise
+        device = "cpu"
+        reference, floor = draw_by_torch(device)
     progress.update("comparing the pictures", 0.0)
     record = judge_drawings(manifest, scene, reference, engines, floor)
     if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
-        path = work / "torch-bf16.safetensors"
-        peer = draw_isolated(folder, manifest, _TORCH_BF16, scene, path, label="torch bf16 (second hearing)")
+        peer = draw(_on(device, _TORCH_BF16), "torch-bf16", "torch bf16 (second hearing)")
         record = judge_drawings(manifest, scene, reference, engines, floor, peer)
     return record
+
+
+def _on(device: Literal["cpu", "cuda"], settings: TorchSettings) -> TorchSettings:
+    return settings.model_copy(update={"device": device})
 
 
 def judge_drawings(

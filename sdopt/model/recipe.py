@@ -65,6 +65,13 @@ BackendSettings = Annotated[
 ]
 
 
+def needs_gpu(backend: BackendSettings) -> bool:
+    match backend:
+        case TensorRTSettings() | OnnxRuntimeSettings(device="cuda") | TorchSettings(device="cuda"):
+            return True
+    return False
+
+
 class VerifySettings(_Frozen):
     """How the fidelity verdict is reached. Empty `prompts` takes those of the model's card, or the package's own."""
 

@@ -75,8 +75,7 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
     def _encode_words(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # Not verbose: transformers would warn of every prompt that is longer than one chunk.
-        words: list[list[int]] = super().__call__(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        words: list[list[int]] = super().__call__(list(texts), add_special_tokens=False)["input_ids"]
         return words
 
     def _split(self, words: list[int], chunks: int) -> tuple[list[int], list[int]]:
@@ -106,6 +105,8 @@ def load_tokenizer(folder: Path, most_chunks: int) -> PromptTokenizer:
     """The tokenizer in a folder, for prompts of up to `most_chunks` chunks."""
     tokenizer: PromptTokenizer = PromptTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.most_chunks = most_chunks
+    # transformers would warn, once, that a prompt of more tokens than this leads to indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     # All words between one start and one end. Of several chunks it is no multiple of 77, which tells a prompt, of
     # whatever length, from a negative prompt that has to be as long as its prompt.
     tokenizer.model_max_length = most_chunks * _WORDS + 2

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import sdopt
+from sdopt.artifacts.device_memory import sample_device_memory
 from sdopt.backends.gpu import GpuIdentity
 from sdopt.backends.open import probe_backend
-from sdopt.bench.device_memory import sample_device_memory
 from sdopt.fidelity.metrics import compute_psnr
 from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings
 from sdopt.pipeline.load import close_engines

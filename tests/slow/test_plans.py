@@ -74,9 +74,10 @@ def test_every_plan_is_audited(manifest: BundleManifest) -> None:
             assert sum(audit.compute_layers.values()) > audit.attention_layers
             assert audit.plan_bytes == manifest.files[plan.file].size_bytes > audit.weights_bytes
             assert audit.zero_share < 0.05
-            assert audit.weights_found > audit.weights_sampled / 2 > 2
+            assert audit.weights_found >= audit.weights_sampled / 2 > 2
             assert plan.file == f"{name}/{plan.generation}.tensorrt-rtx-{'.'.join(plan.version.split('.')[:2])}.plan"
             assert plan.build_peak_bytes > audit.plan_bytes
+            assert plan.build_peak_device_bytes is None
 
 
 def test_a_machine_without_a_gpu_claims_nothing_of_the_engines(manifest: BundleManifest, cache: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sdopt.bench.measure import measure
-from sdopt.bench.report import ProcessRecord, Stage
+from sdopt.backends.protocol import DeviceMemory
+from sdopt.bench.measure import measure, read_device_memory
+from sdopt.bench.report import DeviceMemoryRecord, ProcessRecord, Stage
 from sdopt.fidelity.draw import draw, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
+from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.shape import ShapeProfile
 from tests.checkpoints import make_model, small_recipe, write_folder
@@ -57,7 +60,19 @@ def test_it_draws_for_fidelity_then_times_the_least_of_pictures(bundle: Referenc
     }  # fmt: skip
     assert record.cold_start_ns == record.import_ns + record.load_ns + record.first_picture_ns
     assert all(sample > 0 for samples in record.samples_ns.values() for sample in samples)
+    assert record.device_memory == {}
     assert read_drawing(tmp_path / "drawing.safetensors").images.shape == (2, 32, 32, 3)
+
+
+def test_the_memory_of_engines_on_a_gpu_is_recorded_by_component() -> None:
+    def session(name: ComponentName, device: DeviceMemory | None) -> Any:
+        return SimpleNamespace(spec=SimpleNamespace(name=name), memory=lambda: SimpleNamespace(device=device))
+
+    sessions = [session(ComponentName.UNET, DeviceMemory(7, None, 2)), session(ComponentName.VAE_DECODER, None)]
+    values = read_device_memory(sessions)
+    record = DeviceMemoryRecord.model_validate(values.pop("unet"))
+    assert values == {}
+    assert (record.weights_bytes, record.activations_bytes, record.buffers_bytes) == (7, None, 2)
 
 
 def test_a_later_process_draws_no_more_than_it_times(bundle: ReferenceBundle, tmp_path: Path) -> None:

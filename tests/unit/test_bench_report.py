@@ -11,13 +11,24 @@ from pydantic import ValidationError
 from sdopt.bench.report import SCHEMA_VERSION, CandidateRecord, Stage, Status, read_report, write_report
 from sdopt.errors import ArtifactError
 from sdopt.model.precision import Precision
-from tests.planted_reports import make_report
+from tests.planted_reports import make_gpu_processes, make_report
 
 
 def test_a_report_survives_the_file(tmp_path: Path) -> None:
     report = make_report()
     write_report(tmp_path / "report.json", report)
     assert read_report(tmp_path / "report.json") == report
+
+
+def test_the_memory_of_each_network_survives_the_file(tmp_path: Path) -> None:
+    report = make_report(processes=make_gpu_processes())
+    write_report(tmp_path / "report.json", report)
+    assert read_report(tmp_path / "report.json") == report
+    values = json.loads(report.to_json())
+    values["candidates"][0]["processes"][0]["device_memory"]["unet"]["context_bytes"] = 1
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="context_bytes"):
+        read_report(tmp_path / "report.json")
 
 
 def test_raw_samples_are_stored_and_statistics_are_not(tmp_path: Path) -> None:
@@ -71,7 +82,7 @@ def test_a_report_of_before_gpus_is_read(tmp_path: Path) -> None:
     values = json.loads(make_report().to_json()) | {"schema_version": 1}
     for candidate in values["candidates"]:
         for process in candidate["processes"]:
-            del process["peak_device_bytes"], process["torch_peak_device_bytes"]
+            del process["peak_device_bytes"], process["torch_peak_device_bytes"], process["device_memory"]
     (tmp_path / "report.json").write_text(json.dumps(values))
     report = read_report(tmp_path / "report.json")
     assert report == make_report()

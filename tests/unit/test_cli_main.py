@@ -147,7 +147,7 @@ def test_a_hostile_name_is_inspected_without_harm(run: Run, tmp_path: Path) -> N
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], HOSTILE[:-1], [], [])), file)
     code, _, err = run("inspect", str(file))
     assert code == 0
-    assert "[/bold]" in err
+    assert "[/bold]" in err.replace("\n", "")  # folded at the width of the terminal
     assert not set(err) & set(HOSTILE[:-1].replace("evil", "").replace("owned", "")) - set("[];0123Jm")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench.device_memory import sample_device_memory
+from sdopt.artifacts.device_memory import sample_device_memory
 
 
 class FakeNvml:
@@ -19,7 +19,7 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    def __init__(self, *, own: list[Any], fails: bool = False) -> None:
+    def __init__(self, *, own: list[Any] | None = None, fails: bool = False) -> None:
         self.used, self._own, self._fails, self.open = 1000, own, fails, 0
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -31,13 +31,16 @@ class FakeNvml:
         self.open -= 1
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        assert uuid == "GPU-abc"
+        if uuid != "GPU-abc":
+            raise self.NVMLError
         return "handle"
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
         return SimpleNamespace(used=self.used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        if self._own is None:
+            raise self.NVMLError
         return self._own
 
 
@@ -67,6 +70,18 @@ def test_a_process_that_nvml_does_not_know_is_what_the_gpu_holds_more(
     with sample_device_memory("abc") as peak:
         nvml.used = 1600
     assert peak.peak_bytes == 600
+
+
+@pytest.mark.parametrize(("uuid", "own"), [("abd", []), ("MIG-abc", []), ("GPU-abc", None)])
+def test_what_nvml_refuses_to_say_ends_nothing(
+    uuid: str, own: list[Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = FakeNvml(own=own)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    with sample_device_memory(uuid) as peak:
+        pass
+    assert peak.peak_bytes is None
+    assert nvml.open == 0
 
 
 def test_without_the_library_or_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,18 +10,29 @@ import numpy as np
 import pytest
 
 from sdopt.artifacts.manifest import FidelityRecord, Verdict
+from sdopt.backends.protocol import Probe
+from sdopt.errors import MissingHardware
+from sdopt.fidelity import candidate as candidate_module
 from sdopt.fidelity import verdict as verdict_module
 from sdopt.fidelity.draw import Drawing, read_drawing, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.fidelity.verdict import LIMITS, Limit, compare_drawings, judge_drawings, judge_fidelity
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BuildRecipe, TorchSettings, VerifySettings
+from sdopt.model.recipe import (
+    BackendSettings,
+    BuildRecipe,
+    OnnxRuntimeSettings,
+    TensorRTSettings,
+    TorchSettings,
+    VerifySettings,
+)
 
+CPU, GPU = OnnxRuntimeSettings(), TensorRTSettings(kind="tensorrt-rtx")
 SCENE = Scene(prompts=("a circle", "a star"), seed=7, steps=3, guidance_scale=5, inputs=Path("inputs.safetensors"))
 
 
-def manifest(*precisions: Precision, verify: VerifySettings | None = None) -> Any:
-    records = {str(i): SimpleNamespace(precision=precision) for i, precision in enumerate(precisions)}
+def manifest(*precisions: Precision, verify: VerifySettings | None = None, backend: BackendSettings = CPU) -> Any:
+    records = {str(i): SimpleNamespace(precision=each, backend=backend) for i, each in enumerate(precisions)}
     return SimpleNamespace(components=records, recipe=BuildRecipe(verify=verify or VerifySettings()))
 
 
@@ -129,10 +140,12 @@ def test_a_limit_is_only_ever_lowered_by_another_drawing() -> None:
 
 
 class FakeDraws:
-    """Stands in for the child processes: one planted drawing for each candidate."""
+    """Stands in for the child processes: one planted drawing for each candidate. `too_large` names settings that run out
+    of memory.
+    """
 
-    def __init__(self, engines: Drawing, bf16: Drawing) -> None:
-        self._engines, self._bf16 = engines, bf16
+    def __init__(self, engines: Drawing, bf16: Drawing, too_large: TorchSettings | None = None) -> None:
+        self._engines, self._bf16, self._too_large = engines, bf16, too_large
         self.drawn: list[TorchSettings | None] = []
 
     def __call__(
@@ -141,17 +154,54 @@ class FakeDraws:
         self.drawn.append(settings)
         if settings is None:
             return self._engines
+        if settings == self._too_large:
+            raise MissingHardware("it ran out of memory")
         return self._bf16 if settings.precision is Precision.BF16 else draw()
 
 
 def judge_fakes(
-    monkeypatch: pytest.MonkeyPatch, engines: Drawing, bf16: Drawing, precision: Precision
-) -> tuple[FidelityRecord, FakeDraws]:
-    fakes = FakeDraws(engines, bf16)
+    monkeypatch: pytest.MonkeyPatch, engines: Drawing, bf16: Drawing, precision: Precision,
+    backend: BackendSettings = CPU, too_large: TorchSettings | None = None,
+) -> tuple[FidelityRecord, FakeDraws]:  # fmt: skip
+    fakes = FakeDraws(engines, bf16, too_large)
     monkeypatch.setattr(verdict_module, "draw_isolated", fakes)
     monkeypatch.setattr(verdict_module, "write_scene", lambda *args: None)
     verify = VerifySettings(prompts=SCENE.prompts, steps=3)
-    return judge_fidelity(Path("bundle"), manifest(precision, verify=verify), Path("work")), fakes
+    judged = manifest(precision, verify=verify, backend=backend)
+    return judge_fidelity(Path("bundle"), judged, Path("work")), fakes
+
+
+def give_gpu(monkeypatch: pytest.MonkeyPatch, missing: str = "") -> None:
+    monkeypatch.setattr(candidate_module, "probe_backend", lambda settings: Probe("torch", "", (), missing))
+
+
+def test_torch_draws_on_the_gpu_that_the_engines_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch)
+    _, fakes = judge_fakes(monkeypatch, draw(0.07, 1), draw(0.07, 2), Precision.FP16, GPU)
+    assert fakes.drawn == [
+        None, TorchSettings(device="cuda"), TorchSettings(device="cuda", attention="math"),
+        TorchSettings(device="cuda", precision=Precision.BF16),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "missing"), [(CPU, ""), (GPU, "no NVIDIA GPU")])
+def test_torch_draws_on_the_cpu_elsewhere(
+    backend: BackendSettings, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_gpu(monkeypatch, missing)
+    _, fakes = judge_fakes(monkeypatch, draw(0.07, 1), draw(0.07, 2), Precision.FP16, backend)
+    assert [settings.device for settings in fakes.drawn if settings] == ["cpu"] * 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "math"])
+def test_a_gpu_too_small_for_fp32_leaves_torch_to_the_cpu(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch)
+    too_large = TorchSettings(device="cuda", attention=attention)
+    record, fakes = judge_fakes(monkeypatch, draw(), draw(), Precision.FP16, GPU, too_large)
+    assert record.verdict is Verdict.PASS
+    assert fakes.drawn[-2:] == [TorchSettings(), TorchSettings(attention="math")]
+    with pytest.raises(MissingHardware):
+        judge_fakes(monkeypatch, draw(), draw(), Precision.FP16, CPU, TorchSettings(attention=attention))
 
 
 def test_bf16_that_fails_is_heard_again_beside_torch_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,14 @@ def test_flops_of_the_published_networks(
 
 
 def test_peaks_are_found_by_the_whole_name() -> None:
-    assert find_peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert find_peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert find_peak_flops("NVIDIA H100 PCIe") == 756e12
     assert find_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert find_peak_flops("NVIDIA L40S") == 362e12
+    assert find_peak_flops("NVIDIA L40S") == 362.05e12
     assert find_peak_flops("NVIDIA L4") == 121e12
     assert find_peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
-    assert find_peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU 2") == 165.2e12
+    for other in ("RTX 4090 Laptop GPU", "RTX 4090 D", "RTX 3090 Ti", "H100 80GB HBM3 MIG 1g.10gb"):
+        assert find_peak_flops(f"NVIDIA GeForce {other}") is None
     assert find_peak_flops("NVIDIA GeForce GTX 1080") is None
     assert find_peak_flops("") is None
 

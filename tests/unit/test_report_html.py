@@ -11,7 +11,14 @@ from sdopt.bench.render import encode_picture, render_html, shorten
 from sdopt.bench.report import Status
 from sdopt.bench.summary import describe_result, format_bytes, format_ns
 from sdopt.fidelity.metrics import to_picture
-from tests.planted_reports import make_candidate, make_drawing, make_fidelity, make_report, make_result
+from tests.planted_reports import (
+    make_candidate,
+    make_drawing,
+    make_fidelity,
+    make_gpu_processes,
+    make_report,
+    make_result,
+)
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
 RTL = "عصا كبيرة حمراء على خلفية زرقاء"
@@ -96,6 +103,23 @@ def test_the_summary_comes_first(page: str) -> None:
     assert summary in text
     assert text.index(summary) < text.index("Median")
     assert "The pictures agree with those of torch fp32 (PSNR 45.0 dB or better, SSIM 0.985 or better)." in text
+
+
+def test_the_memory_of_a_gpu_is_shown_where_it_was_measured(page: str) -> None:
+    assert "GPU memory" not in page
+    report = make_report(processes=make_gpu_processes())
+    on_gpu = render_html(make_result(report))
+    test_it_can_be_read_aloud(on_gpu)
+    test_ids_are_unique_and_every_reference_is_met(on_gpu)
+    rows = [" ".join(Page(row).text.split()) for row in re.findall(r"<tr.*?</tr>", on_gpu, re.S)]
+    assert "OpenVINO bf16text encoder 250 MB90 MB1.00 MB" in rows
+    assert "OpenVINO bf16unet 1.70 GB600 MB2.00 MB" in rows
+    assert any(row.startswith("OpenVINO bf16") and "3.10 GB700 MB" in row for row in rows)
+    # Weights and buffers of both, and the larger scratch memory, which they share.
+    assert describe_result(report).endswith(
+        " On the GPU its engines hold 2.55 GB: 1.95 GB of weights, 600 MB of activations and 3.00 MB of inputs and "
+        "outputs; the process held 3.10 GB at its peak."
+    )
 
 
 def test_prompts_are_escaped_and_shortened() -> None:

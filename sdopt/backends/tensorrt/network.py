@@ -22,7 +22,7 @@ from sdopt.backends.tensorrt.messages import Messages, make_logger
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
 from sdopt.errors import BackendError
 
-_DROP_EVERY_S = 0.05
+_DROP_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ def parse_graph(library: Any, model: onnx.ModelProto, weights: Path, *, componen
 
 
 def _external_weights(model: onnx.ModelProto) -> Iterator[WeightRange]:
+    cast = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
             offset, length = int(place["offset"]), int(place["length"])
-            yield WeightRange(tensor.name, offset, length, tensor.data_type, tuple(tensor.dims))
+            shape, is_widened = tuple(tensor.dims), tensor.name in cast
+            yield WeightRange(tensor.name, offset, length, tensor.data_type, shape, is_widened)
 
 
 def _count_zeros(data: np.ndarray[Any, Any], weights: list[WeightRange]) -> tuple[int, int]:

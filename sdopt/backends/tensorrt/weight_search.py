@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-_SAMPLES = 12
+_SAMPLES = 8
 _WINDOW_ELEMENTS = 24
 # A window with fewer different bytes (zeros, ones of a norm) could be anywhere.
 _LEAST_DISTINCT_BYTES = 12
@@ -36,10 +36,14 @@ class WeightRange:
     length: int
     data_type: int
     shape: tuple[int, ...]
+    is_widened: bool = False
+    """The graph casts it to fp32, which the plan may have done."""
 
 
 class WeightSearch:
-    """Feed the plan's pieces in order; `found` of `sampled` weights were in them."""
+    """Feed the plan's pieces in order; `found` of `sampled` weights were in them. Half of them are enough: then the
+    search ends.
+    """
 
     def __init__(self, weights: Sequence[WeightRange], data: Array) -> None:
         self._wanted = [patterns for weight in _pick(weights) if (patterns := list(_patterns(weight, data)))]
@@ -52,12 +56,12 @@ class WeightSearch:
         return self.sampled - len(self._wanted)
 
     def feed(self, piece: bytes) -> None:
-        if not self._wanted:
+        if 2 * self.found >= self.sampled:
             return
         # A window may lie across two pieces.
         edge = self._tail + piece[: self._longest]
         self._wanted = [ps for ps in self._wanted if not any(p in piece or p in edge for p in ps)]
-        self._tail = piece[-self._longest :]
+        self._tail = (self._tail + piece[-self._longest :])[-self._longest :]
 
 
 def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
@@ -71,21 +75,22 @@ def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
 
 
 def _patterns(weight: WeightRange, data: Array) -> Iterator[bytes]:
-    """The beginning of a weight in each order of axes that plans have, as stored and widened to fp32."""
+    """The beginning of a weight in each order of axes that plans have; each is looked for in gigabytes.
+
+    Matrices lie as they are or transposed, kernels [out, in, y, x] as they are or with their channels last.
+    """
     raw = data[weight.offset : weight.offset + weight.length].view(_NUMPY[weight.data_type]).reshape(weight.shape)
-    rows: list[Array] = [raw.reshape(-1)[:_WINDOW_ELEMENTS], raw.reshape(len(raw), -1)[:_WINDOW_ELEMENTS, 0]]
-    if raw.ndim == 4:
-        rows.append(raw[0, :_WINDOW_ELEMENTS, 0, 0])
+    last = raw[0].reshape(raw.shape[1], -1) if raw.ndim > 2 else raw
+    rows = dict.fromkeys(row.tobytes() for row in (raw.reshape(-1)[:_WINDOW_ELEMENTS], last[:_WINDOW_ELEMENTS, 0]))
     for row in rows:
-        for values in _widths(row, weight.data_type):
-            pattern = np.ascontiguousarray(values).tobytes()
+        for pattern in _widths(row, weight):
             if len(set(pattern)) >= _LEAST_DISTINCT_BYTES:
                 yield pattern
 
 
-def _widths(row: Array, data_type: int) -> Iterator[Array]:
+def _widths(row: bytes, weight: WeightRange) -> Iterator[bytes]:
     yield row
-    if data_type == onnx.TensorProto.FLOAT16:
-        yield row.astype(np.float32)
-    if data_type == onnx.TensorProto.BFLOAT16:
-        yield row.astype(np.uint32) << 16
+    if weight.is_widened and weight.data_type == onnx.TensorProto.FLOAT16:
+        yield np.frombuffer(row, np.float16).astype(np.float32).tobytes()
+    if weight.is_widened and weight.data_type == onnx.TensorProto.BFLOAT16:
+        yield (np.frombuffer(row, np.uint16).astype(np.uint32) << 16).tobytes()

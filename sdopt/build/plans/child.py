@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
 
+from sdopt.artifacts.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.artifacts.files import disk_errors, write_file
+from sdopt.artifacts.gpu import find_gpus
 from sdopt.artifacts.manifest import PlanAudit
 from sdopt.errors import AuditError
 from sdopt.isolation import JsonTable
@@ -59,18 +62,24 @@ JOB = TypeAdapter(PlanJob)
 
 
 def build_in_child(arguments: JsonTable) -> JsonTable:
-    """Build the plan of a `PlanJob` at its `output`; returns its digest, size, audit and time."""
+    """Build the plan of a `PlanJob` at its `output`; returns its digest, version, audit, time and peak of the GPU."""
     job = JOB.validate_python(arguments)
     if job.memory_limit_bytes is not None:
         # Of the process's own memory; the mapped weight file, whose pages come and go, is not counted.
         resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit_bytes, job.memory_limit_bytes))
     started = time.monotonic()
-    with disk_errors(job.output):
+    with disk_errors(job.output), _watch_gpu(job) as peak:
         sha256, audit, version = _build(job)
     return {
         "sha256": sha256, "version": version, "audit": audit.model_dump(mode="json"),
-        "build_s": round(time.monotonic() - started, 1),
+        "build_s": round(time.monotonic() - started, 1), "build_peak_device_bytes": peak.peak_bytes,
     }  # fmt: skip
+
+
+def _watch_gpu(job: PlanJob) -> AbstractContextManager[DeviceMemoryPeak]:
+    """General TensorRT times its kernels on the first GPU. TensorRT-RTX builds ahead of time, without one."""
+    gpu = next(iter(find_gpus()), None) if job.kind == "tensorrt" else None
+    return nullcontext(DeviceMemoryPeak()) if gpu is None else sample_device_memory(gpu.uuid)
 
 
 def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:

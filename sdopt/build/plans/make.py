@@ -217,7 +217,8 @@ def _describe(plan: BuildPlan, wanted: WantedPlan, folder: Path) -> MadePlan:
             file=f"{wanted.component}/{name}", flavour=part.backend.kind, version=made["version"],
             generation=wanted.generation, system=system_name(), profile=index, prompt_chunks=chunks,
             weight_streaming=made["weight_streaming"], rung=made["rung"], build_s=made["build_s"],
-            build_peak_bytes=made["build_peak_bytes"], audit=PlanAudit.model_validate(made["audit"]),
+            build_peak_bytes=made["build_peak_bytes"], build_peak_device_bytes=made.get("build_peak_device_bytes"),
+            audit=PlanAudit.model_validate(made["audit"]),
         )
         for index in wanted.indices
     )  # fmt: skip

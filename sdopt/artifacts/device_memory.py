@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _SAMPLE_S = 0.02
@@ -28,20 +28,24 @@ class DeviceMemoryPeak:
 
 @contextmanager
 def sample_device_memory(uuid: str) -> Iterator[DeviceMemoryPeak]:
-    """Watch the GPU of this UUID (torch's, without `GPU-`) from a thread, every 20 ms, while the body runs."""
+    """Watch a GPU from a thread, every 20 ms, while the body runs. NVML's UUIDs begin with `GPU-`, and torch's do not.
+
+    Where NVML fails, the body runs on, and less is known.
+    """
     peak = DeviceMemoryPeak()
     with _nvml() as nvml:
-        if nvml is None:
+        started = None if nvml is None else _start(nvml, uuid)
+        if started is None:
             yield peak
             return
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        before_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+        handle, before_bytes = started
         done = threading.Event()
 
         def watch() -> None:
             while True:
                 last = done.is_set()
-                peak.see(_used_bytes(nvml, handle, before_bytes))
+                with suppress(nvml.NVMLError):
+                    peak.see(_used_bytes(nvml, handle, before_bytes))
                 if last:
                     return
                 done.wait(_SAMPLE_S)
@@ -53,6 +57,15 @@ def sample_device_memory(uuid: str) -> Iterator[DeviceMemoryPeak]:
         finally:
             done.set()
             thread.join()
+
+
+def _start(nvml: Any, uuid: str) -> tuple[Any, int] | None:
+    """The GPU's handle, and what all programs hold of it; None for a GPU that NVML does not show."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        return handle, int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except nvml.NVMLError:
+        return None
 
 
 def _used_bytes(nvml: Any, handle: Any, before_bytes: int) -> int:
