@@ -9,8 +9,8 @@ from sdopt.backends.protocol import ComponentFiles
 
 # FLOP/s of the tensor cores in fp16 on dense matrices, summed in fp32. GeForce cards are twice as fast where they sum
 # in fp16, and a kernel that does may pass this peak there; an A100 is as fast either way. Each row names NVIDIA's
-# document with its figure; "sparse" marks one that is given for sparse matrices, of which this is half, and * a document
-# that does not say in what is summed. The first row whose words are all in the GPU's name is taken.
+# document with its figure; "sparse" marks one that is given for sparse matrices, of which this is half, and * one that
+# does not say in what is summed. The first row whose words are all in the GPU's name is taken.
 _PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("B200",), 2250e12),  # Blackwell Architecture Technical Brief, HGX B200*
     (("H200", "NVL"), 835.5e12),  # H200 data sheet, 1,671 sparse*

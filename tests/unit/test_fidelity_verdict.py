@@ -140,9 +140,7 @@ def test_a_limit_is_only_ever_lowered_by_another_drawing() -> None:
 
 
 class FakeDraws:
-    """Stands in for the child processes: one planted drawing for each candidate. `too_large` names settings that run out
-    of memory.
-    """
+    """Stands in for the child processes: one planted drawing for each candidate, and too little memory for one."""
 
     def __init__(self, engines: Drawing, bf16: Drawing, too_large: TorchSettings | None = None) -> None:
         self._engines, self._bf16, self._too_large = engines, bf16, too_large

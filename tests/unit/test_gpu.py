@@ -89,6 +89,7 @@ def test_a_gpu_is_described() -> None:
     nvml = FakeNvml(ADA)
     (gpu,) = find_gpus(nvml, "0")
     assert (gpu.name, gpu.generation, gpu.free_bytes) == ("NVIDIA GeForce RTX 4090", "sm89", 20 << 30)
+    assert gpu.uuid == "GPU-aaaa"
     assert (gpu.record.memory_bytes, gpu.record.driver, gpu.record.cuda) == (24 << 30, "580.65.06", "13.1")
     assert nvml.open == 0
 
@@ -115,6 +116,7 @@ def test_slices_stand_for_their_gpu() -> None:
     for visible in ("0", "MIG-1"):
         (gpu,) = find_gpus(FakeNvml(whole, ADA), visible)
         assert (gpu.name, gpu.generation, gpu.record.memory_bytes) == ("NVIDIA A100", "sm80", 5 << 30)
+        assert gpu.uuid == "MIG-1"
 
 
 @pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetCount", "nvmlSystemGetDriverVersion"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from sdopt.artifacts.device_memory import DeviceMemoryPeak
 from sdopt.build.plans import child
 from sdopt.build.plans.child import JOB, PlanJob, Rung, build_in_child
-from sdopt.cli.main import main
+from sdopt.cli.inspect import inspect
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from tests.planted_plans import make_machine, make_plan, make_plan_file, write_plan_bundle
@@ -59,7 +58,7 @@ def test_inspect_shows_the_gpu_memory_of_a_build_that_used_one(
 ) -> None:
     plan = make_plan(build_peak_device_bytes=peak_bytes)
     write_plan_bundle(tmp_path / "bundle", {plan.file: make_plan_file()}, [plan])
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "bundle")])
+    result = CliRunner().invoke(inspect, [str(tmp_path / "bundle")])
     assert result.exit_code == 0, result.stderr
     text = " ".join(result.stderr.split())
     assert f"built in 1.0 s (side by side){words}" in text
