@@ -3,7 +3,7 @@
     python benchmarks/plan_budget.py sd15 sdxl --work out/budget --json benchmarks/reports/plans.json
 
 The graphs and weights are there before the clock starts; every row is a fresh process with no plan in the store. The
-seconds of the rows "from ONNX" are those of the stage that builds the plans, without the start of Python and the opening
+seconds of the rows "from ONNX" are those of the stage that builds plans, without the start of Python and the opening
 of the checkpoint before it. Memory is the sum of the resident memory of the process and all its children, sampled every
 50 ms.
 """

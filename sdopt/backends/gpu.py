@@ -36,7 +36,7 @@ def find_gpu() -> GpuIdentity | None:
 
 def describe_missing_gpu() -> tuple[str, str]:
     """(what is missing, what to do) where `find_gpu` finds none."""
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and find_gpus():
         return (
             f"torch {torch.__version__} was built without CUDA",
             "pip install --force-reinstall torch, without --extra-index-url and PIP_EXTRA_INDEX_URL",

@@ -43,7 +43,8 @@ class OnnxRuntimeBackend:
                 missing, remedy = "this onnxruntime was built without CUDA", _GET_CUDA
             elif find_gpu() is None:
                 missing, remedy = describe_missing_gpu()
-        return Probe("onnxruntime", onnxruntime.__version__, (Precision.FP32, Precision.FP16), missing, remedy)
+        name = "onnxruntime" if self._settings.device == "cpu" else "onnxruntime on cuda"
+        return Probe(name, onnxruntime.__version__, (Precision.FP32, Precision.FP16), missing, remedy)
 
     def open(self, component: ComponentFiles) -> OnnxRuntimeSession:
         if self._settings.device == "cuda":

@@ -5,6 +5,9 @@ fp32 on seeded pictures and on the latents that the encoder makes of them, and n
 Where they come near fp16's largest number, bf16 is taken instead, which has the range of fp32 and 8 of its 24 bits;
 where that is too coarse for the picture, or the runtime takes no bf16 graph, fp32. What was measured is kept in the
 store.
+
+No later proof finds an overflow on a machine without a GPU: ONNX Runtime's CPU kernels hand the values of an fp16 graph
+on in fp32 (tests/slow/test_vae_precision.py).
 """
 
 from __future__ import annotations

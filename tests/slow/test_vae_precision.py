@@ -1,4 +1,4 @@
-"""A VAE that fp16 cannot hold, through convert: the safe precision is chosen and said; the unsafe one does not pass."""
+"""A VAE that fp16 cannot hold, through convert: the safe precision is chosen, proven, and said with its reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from sdopt.artifacts.manifest import Verdict
 from sdopt.build.convert import convert
 from sdopt.build.open import open_plan
 from sdopt.build.steps import list_steps
-from sdopt.errors import ParityError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings
@@ -51,11 +50,18 @@ def test_the_vae_is_kept_from_fp16_and_the_bundle_says_why(recipe: BuildRecipe, 
     assert convert(open_plan(recipe), tmp_path / "b") == manifest, "the same choice again: nothing is built"
 
 
-def test_fp16_that_the_recipe_insists_on_does_not_pass_parity(recipe: BuildRecipe, tmp_path: Path) -> None:
-    insisting = recipe.model_copy(update={"component_precision": {DECODER: Precision.FP16}})
-    with pytest.raises(ParityError, match="NaN"):
-        convert(open_plan(insisting), tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+def test_no_proof_on_a_cpu_sees_the_overflow_that_a_fixed_fp16_is_warned_of(
+    recipe: BuildRecipe, tmp_path: Path
+) -> None:
+    """ONNX Runtime's CPU kernels hand an fp16 graph's values on in fp32: the measurement alone stands before a GPU."""
+    fixed = recipe.model_copy(update={"component_precision": {DECODER: Precision.FP16}})
+    manifest = convert(open_plan(fixed), tmp_path / "b")
+    record = manifest.components[DECODER]
+    assert record.precision is Precision.FP16
+    assert "fixed by the recipe, which could overflow" in record.precision_reason
+    assert record.parity is not None
+    assert record.parity.passed
+    assert manifest.fidelity.verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize("precision", [Precision.AUTO, Precision.BF16])

@@ -82,10 +82,15 @@ def _watch_gpu(job: PlanJob) -> AbstractContextManager[DeviceMemoryPeak]:
     return nullcontext(DeviceMemoryPeak()) if gpu is None else sample_device_memory(gpu.uuid)
 
 
+def _is_for_this_gpu(job: PlanJob) -> bool:
+    return any(gpu.generation == job.generation for gpu in find_gpus())
+
+
 def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     """Parse, audit the network, build, audit the plan. (SHA-256 of the plan, its audit, the library's version)."""
     from sdopt.backends.tensorrt.audit import allow_decomposed_attention, audit_network, judge_plan
     from sdopt.backends.tensorrt.builder import BuildOptions, NoFusedKernelError, build_plan
+    from sdopt.backends.tensorrt.inspector import inspect_attention
     from sdopt.backends.tensorrt.library import load_library
     from sdopt.backends.tensorrt.network import parse_graph
     from sdopt.graph.audit import check_graph_file
@@ -117,6 +122,7 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
             other_precision=network.other_precision, plan_bytes=built.size_bytes, weights_bytes=parsed.weights_bytes,
             zero_share=round(built.zero_share, 6), weights_zero_share=round(parsed.weights_zero_share, 6),
             weights_sampled=parsed.search.sampled, weights_found=parsed.search.found,
+            fused_kernels=inspect_attention(library, job.output) if _is_for_this_gpu(job) else None,
         )  # fmt: skip
         judge_plan(
             job.kind, job.component, audit, network, job.precision, require_fused=job.require_fused, native=job.native
