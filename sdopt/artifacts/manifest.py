@@ -93,10 +93,10 @@ class PlanAudit(_Record):
     zero_share: float
     """Share of the plan's bytes that are zero; a plan that lost weights is full of them."""
     weights_zero_share: float
+    """From the beginning of each weight."""
     weights_sampled: int
     weights_found: int
-    """Of the sampled weights, those that were met in the plan byte for byte until half were; some are folded with what
-    follows them, and are not."""
+    """Of the sampled weights, those that lie in the plan byte for byte; some are folded with what follows them."""
 
 
 PlanFlavour = Literal["tensorrt-rtx", "tensorrt"]

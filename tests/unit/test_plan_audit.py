@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def cut(blob: bytes, sizes: list[int]) -> list[bytes]:
     return [*pieces, blob[start:]]
 
 
-LAYOUTS = ["as it is", "transposed", "channels last"]
+LAYOUTS = ["as it is", "axes reversed", "channels last"]
 shapes = st.sampled_from([(32, 48), (64, 24), (40, 32, 3, 3), (32, 32, 1, 1)])
 
 
@@ -99,24 +100,31 @@ shapes = st.sampled_from([(32, 48), (64, 24), (40, 32, 3, 3), (32, 32, 1, 1)])
     st.binary(max_size=70),
     st.lists(st.integers(1, 5000), max_size=6),
     st.integers(0, 1000),
+    st.booleans(),
 )
 def test_weights_are_found_in_every_layout_and_across_pieces(
-    dtype: str, wanted: list[tuple[tuple[int, ...], str]], head: bytes, sizes: list[int], seed: int
-) -> None:
+    dtype: str, wanted: list[tuple[tuple[int, ...], str]], head: bytes, sizes: list[int], seed: int,
+    everywhere: bool,
+) -> None:  # fmt: skip
     arrays, ranges, data = make_weights(dtype, [shape for shape, _ in wanted], seed)
-    blob = head
+    blob = head if everywhere else head.ljust(len(head) + -len(head) % 8, b"\0")
     for array, (_, layout) in zip(arrays, wanted, strict=True):
         placed = array
-        if layout == "transposed":
-            placed = array.T if array.ndim == 2 else array
+        if layout == "axes reversed":
+            placed = array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
         elif layout == "channels last" and array.ndim == 4:
             placed = array.transpose(0, 2, 3, 1)
         blob += np.ascontiguousarray(placed).tobytes()
     search = WeightSearch(ranges, data)
     assert search.sampled
-    for piece in cut(blob, sizes):
-        search.feed(piece)
-    assert 2 * search.found >= search.sampled
+    if everywhere:
+        with mmap.mmap(-1, len(blob)) as plan:
+            plan.write(blob)
+            search.search_everywhere(plan)
+    else:
+        for piece in cut(blob, sizes):
+            search.feed(piece)
+    assert search.found == search.sampled
 
 
 @given(st.integers(0, 1000))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,6 @@ def build_plan(parsed: ParsedNetwork, options: BuildOptions, output: Path, *, la
     try:
         done = builder.build_serialized_network_to_stream(parsed.network, config, writer)
         writer.finish()
-        writer.raise_error()
     except MemoryError as error:
         raise _out_of_memory(label) from error
     finally:
@@ -117,26 +116,22 @@ def _out_of_memory(label: str) -> MissingHardware:
 
 def _make_writer(library: Any, output: Path, search: WeightSearch) -> Any:
     class Writer(library.IStreamWriter):  # type: ignore[misc]  # the library is chosen at run time
-        """Takes the plan in pieces of tens of megabytes; digest and count of one run while the next is made."""
+        """Takes the plan in pieces of tens of megabytes; one is written and counted while the next is made."""
 
         def __init__(self) -> None:
             library.IStreamWriter.__init__(self)
             self.digest, self.zeros, self.size_bytes = hashlib.sha256(), 0, 0
-            self._file = output.open("wb")
-            self.error: OSError | None = None
-            self._pool = ThreadPoolExecutor(1)
-            self._pending: Future[None] | None = None
+            self._file = output.open("wb", buffering=0)
+            self._pool = ThreadPoolExecutor(2)
+            self._pending: list[Future[None]] = []
 
         def write(self, data: Any) -> int:
             piece = bytes(data)
-            self.finish()
-            self._pending = self._pool.submit(self._count, piece)
-            try:
-                self._file.write(piece)
-            except OSError as error:
-                # An exception must not cross TensorRT's own code: it is raised when the build has ended.
-                self.error = error
+            # An exception must not cross TensorRT's own code: `finish` raises it when the build has ended.
+            wait(self._pending)
+            if any(future.exception() for future in self._pending):
                 return 0
+            self._pending = [self._pool.submit(self._count, piece), self._pool.submit(self._save, piece)]
             return len(piece)
 
         def _count(self, piece: bytes) -> None:
@@ -145,13 +140,15 @@ def _make_writer(library: Any, output: Path, search: WeightSearch) -> Any:
             self.size_bytes += len(piece)
             search.feed(piece)
 
-        def finish(self) -> None:
-            if self._pending is not None:
-                self._pending.result()
+        def _save(self, piece: bytes) -> None:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
-        def raise_error(self) -> None:
-            if self.error is not None:
-                raise self.error
+        def finish(self) -> None:
+            """Wait for the last piece. Raises what writing raised."""
+            for future in self._pending:
+                future.result()
 
         def close(self) -> None:
             self._pool.shutdown()

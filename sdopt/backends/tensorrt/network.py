@@ -23,6 +23,7 @@ from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
 from sdopt.errors import BackendError
 
 _DROP_EVERY_S = 0.2
+_COUNTED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def parse_graph(library: Any, model: onnx.ModelProto, weights: Path, *, componen
                 raise BackendError(f"TensorRT refuses the weight {weight.name!r} of {component}: {messages.text}")
         if not parser.parse_model_proto():
             raise _refused(parser, messages, component)
-        zeros, total = _count_zeros(bytes_of_file, used)
+        total, zero_share = sum(weight.length for weight in used), _zero_share(bytes_of_file, used)
         search = WeightSearch(used, bytes_of_file)
-        yield ParsedNetwork(library, builder, network, messages, total, zeros / max(1, total), search)
+        yield ParsedNetwork(library, builder, network, messages, total, zero_share, search)
 
 
 def _external_weights(model: onnx.ModelProto) -> Iterator[WeightRange]:
@@ -75,10 +76,13 @@ def _external_weights(model: onnx.ModelProto) -> Iterator[WeightRange]:
             yield WeightRange(tensor.name, offset, length, tensor.data_type, shape, is_widened)
 
 
-def _count_zeros(data: np.ndarray[Any, Any], weights: list[WeightRange]) -> tuple[int, int]:
-    """(zero bytes, bytes) of the weights."""
-    zeros = sum(w.length - int(np.count_nonzero(data[w.offset : w.offset + w.length])) for w in weights)
-    return zeros, sum(w.length for w in weights)
+def _zero_share(data: np.ndarray[Any, Any], weights: list[WeightRange]) -> float:
+    """Share of zero bytes, by the beginning of each weight: to count all of them takes seconds."""
+    zeros = 0.0
+    for weight in weights:
+        part = data[weight.offset : weight.offset + min(weight.length, _COUNTED_BYTES)]
+        zeros += weight.length * (1 - int(np.count_nonzero(part)) / max(1, part.size))
+    return zeros / max(1, sum(weight.length for weight in weights))
 
 
 @contextmanager

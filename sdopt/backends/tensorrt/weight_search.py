@@ -8,6 +8,7 @@ rearrange them for its kernels, and is not judged by this.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-_SAMPLES = 8
+_SAMPLES = 16
 _WINDOW_ELEMENTS = 24
 # A window with fewer different bytes (zeros, ones of a norm) could be anywhere.
 _LEAST_DISTINCT_BYTES = 12
+_WORD_BYTES = 8
 _NUMPY: dict[int, type[np.generic]] = {
     onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.BFLOAT16: np.uint16,
     onnx.TensorProto.INT8: np.int8,
@@ -41,14 +43,17 @@ class WeightRange:
 
 
 class WeightSearch:
-    """Feed the plan's pieces in order; `found` of `sampled` weights were in them. Half of them are enough: then the
-    search ends.
+    """Feed the plan's pieces in order; `found` of `sampled` weights were in them.
+
+    Plans align weights to eight bytes at least, so one look at the words of a piece finds all patterns at once. Should
+    a version of TensorRT align them otherwise, `search_everywhere` finds them more slowly.
     """
 
     def __init__(self, weights: Sequence[WeightRange], data: Array) -> None:
-        self._wanted = [patterns for weight in _pick(weights) if (patterns := list(_patterns(weight, data)))]
-        self._longest = max((len(p) for patterns in self._wanted for p in patterns), default=1)
+        self._wanted = {w.name: patterns for w in _pick(weights) if (patterns := tuple(_patterns(w, data)))}
+        self._longest = max((len(p) for patterns in self._wanted.values() for p in patterns), default=1)
         self._tail = b""
+        self._offset = 0
         self.sampled = len(self._wanted)
 
     @property
@@ -56,12 +61,39 @@ class WeightSearch:
         return self.sampled - len(self._wanted)
 
     def feed(self, piece: bytes) -> None:
-        if 2 * self.found >= self.sampled:
-            return
+        hits = self._search_words(piece, -self._offset % _WORD_BYTES)
         # A window may lie across two pieces.
         edge = self._tail + piece[: self._longest]
-        self._wanted = [ps for ps in self._wanted if not any(p in piece or p in edge for p in ps)]
+        hits |= {name for name, patterns in self._wanted.items() if any(pattern in edge for pattern in patterns)}
+        self._wanted = {name: patterns for name, patterns in self._wanted.items() if name not in hits}
         self._tail = (self._tail + piece[-self._longest :])[-self._longest :]
+        self._offset += len(piece)
+
+    def _search_words(self, piece: bytes, start: int) -> set[str]:
+        """Names of the weights with a pattern at `start` of a piece or a multiple of eight bytes after it."""
+        by_beginning: dict[int, list[tuple[str, bytes]]] = {}
+        for name, patterns in self._wanted.items():
+            for pattern in patterns:
+                by_beginning.setdefault(int.from_bytes(pattern[:2], "little"), []).append((name, pattern))
+        is_beginning = np.zeros(1 << 16, np.bool_)
+        is_beginning[list(by_beginning)] = True
+        words = (len(piece) - start) // _WORD_BYTES
+        if words <= 0:
+            return set()
+        beginnings = np.frombuffer(piece, "<u2", words * 4, start)[::4]
+        hits: set[str] = set()
+        for index in np.flatnonzero(is_beginning[beginnings]):
+            place = start + int(index) * _WORD_BYTES
+            hits |= {name for name, p in by_beginning[int(beginnings[index])] if piece.startswith(p, place)}
+        return hits
+
+    def search_everywhere(self, data: mmap.mmap) -> None:
+        """Look for what is still missing at every byte of the finished plan."""
+        self._wanted = {
+            name: patterns
+            for name, patterns in self._wanted.items()
+            if not any(data.find(pattern, 0) >= 0 for pattern in patterns)
+        }
 
 
 def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
@@ -75,14 +107,16 @@ def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
 
 
 def _patterns(weight: WeightRange, data: Array) -> Iterator[bytes]:
-    """The beginning of a weight in each order of axes that plans have; each is looked for in gigabytes.
+    """The beginning of a weight in each order of axes that plans have.
 
-    Matrices lie as they are or transposed, kernels [out, in, y, x] as they are or with their channels last.
+    Matrices lie as they are or transposed; kernels [out, in, y, x] as they are, with their channels last, or reversed.
     """
     raw = data[weight.offset : weight.offset + weight.length].view(_NUMPY[weight.data_type]).reshape(weight.shape)
-    last = raw[0].reshape(raw.shape[1], -1) if raw.ndim > 2 else raw
-    rows = dict.fromkeys(row.tobytes() for row in (raw.reshape(-1)[:_WINDOW_ELEMENTS], last[:_WINDOW_ELEMENTS, 0]))
-    for row in rows:
+    columns = raw.reshape(len(raw), -1)
+    rows = [columns[0, :_WINDOW_ELEMENTS], columns[:_WINDOW_ELEMENTS, 0]]
+    if raw.ndim > 2:
+        rows.append(raw[0].reshape(raw.shape[1], -1)[:_WINDOW_ELEMENTS, 0])
+    for row in dict.fromkeys(row.tobytes() for row in rows):
         for pattern in _widths(row, weight):
             if len(set(pattern)) >= _LEAST_DISTINCT_BYTES:
                 yield pattern

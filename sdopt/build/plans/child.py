@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import resource
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -115,6 +116,9 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
                 ) from error
             allow_decomposed_attention(parsed.network, library)
             built = build_plan(parsed, options, job.output, label=label)
+        if 2 * parsed.search.found < parsed.search.sampled:
+            with job.output.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                parsed.search.search_everywhere(data)
         network = audit_network(parsed.network, library, job.precision)
         audit = PlanAudit(
             attention_layers=job.attention_layers, attention_native=network.attention_native,
