@@ -28,8 +28,9 @@ from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.artifacts.store import Store
 from sdopt.build.open import open_plan
-from sdopt.build.plans.child import JOB, PlanJob, Rung, build_in_child
-from sdopt.build.plans.make import make_plans
+from sdopt.build.plans.child import JOB, PlanJob, Rung
+from sdopt.build.plans.make import MALLOC_ENVIRONMENT, make_plans
+from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
 
 _BUDGETS = {"sd15": (30.0, 5.7), "sdxl": (None, None)}
@@ -121,7 +122,9 @@ def build_unet_of(bundle: Path) -> None:
         memory_limit_bytes=None, timing_cache=None,
     )  # fmt: skip
     with stage_noted():
-        build_in_child(JOB.dump_python(job, mode="json"))
+        run_isolated(
+            "sdopt.build.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+        )
     (bundle.parent / "unet.plan").unlink()
 
 

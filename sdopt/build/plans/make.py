@@ -47,7 +47,7 @@ _RECORD_NAME = "record.json"
 _UNUSED_AFTER_S = 24 * 3600.0
 # The builder takes and returns gigabytes many times over, and half of its time went into page faults: large pages, and
 # blocks that are kept for the next use, take a seventh of SDXL's time away. Other C libraries do not read this.
-_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=67108864"}
+MALLOC_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=67108864"}
 _SMALL_WORKSPACE_BYTES = 512 << 20
 
 RUNGS = (
@@ -173,7 +173,7 @@ def _fill(shop: _Workshop, wanted: WantedPlan, rung: Rung, folder: Path) -> dict
     job = _describe_job(shop, wanted, rung, folder / _PLAN_NAME)
     try:
         outcome = run_isolated(
-            "sdopt.build.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=_MALLOC
+            "sdopt.build.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
         )
     except SdoptError as error:
         # Under a limit, an allocation that fails where nobody looks ends the child in any way: SIGSEGV, SystemError.
