@@ -43,7 +43,7 @@ class Machine:
 def find_machine() -> Machine:
     """This machine, from NVML and the installed packages' metadata: no library is imported."""
     libraries = {flavour: found for flavour in _FLAVOURS if (found := _find_tensorrt(flavour))}
-    return Machine(_describe_system(), find_gpus(), libraries)
+    return Machine(describe_system(), find_gpus(), libraries)
 
 
 def _find_tensorrt(flavour: PlanFlavour) -> InstalledLibrary | None:
@@ -55,7 +55,8 @@ def _find_tensorrt(flavour: PlanFlavour) -> InstalledLibrary | None:
     return InstalledLibrary(found) if found else None
 
 
-def _describe_system() -> str:
+def describe_system() -> str:
+    """Operating system and architecture, as in `Linux x86_64`: what a plan does not leave."""
     return f"{platform.system()} {platform.machine()}"
 
 
@@ -67,7 +68,7 @@ def describe_machine() -> EnvironmentRecord:
     return EnvironmentRecord(
         sdopt=__version__,
         python=platform.python_version(),
-        system=_describe_system(),
+        system=describe_system(),
         processor=name[1] if name else platform.processor() or platform.machine(),
         cpu_features=tuple(feature for feature in _FEATURES if feature in flags),
         libraries={library: found for library in _LIBRARIES if (found := find_version(library))},

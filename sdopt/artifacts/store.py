@@ -23,6 +23,9 @@ from sdopt.artifacts.files import disk_errors, fsync_file, fsync_folder, hash_fi
 
 _ENTRY_NAME = "entry.json"
 
+Fill = Callable[[Path], Mapping[str, str]]
+"""Writes files into a folder, and returns their SHA-256 by name."""
+
 
 def cache_root() -> Path:
     """Where sdopt keeps what it can make again: $SDOPT_CACHE, or sdopt in the user's cache folder."""
@@ -49,43 +52,26 @@ class Store:
         Raises `MissingHardware` on a full disk; nothing half-made is seen.
         """
         folder = self._place(stage, key)
+
+        def fill(temporary: Path) -> dict[str, str]:
+            for name, data in files.items():
+                (temporary / name).write_bytes(data)
+            return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
         with disk_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-            try:
-                for name, data in files.items():
-                    _write_synced(temporary / name, data)
-                digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-                _write_synced(temporary / _ENTRY_NAME, json.dumps(digests).encode())
-                fsync_folder(temporary)
-                _publish(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            fsync_folder(folder.parent)
+            _add(folder, fill)
         return folder
 
-    def make(self, stage: str, key: str, fill: Callable[[Path], Mapping[str, str]]) -> Path:
-        """The folder of an entry, found or made. `fill` writes files into a folder and returns their SHA-256 by name.
+    def make(self, stage: str, key: str, fill: Fill) -> Path:
+        """The folder of an entry, found or made by `fill`.
 
         One process at a time makes an entry: another that wants the same waits, and finds it. What `fill` raises is
         raised, and leaves nothing behind.
         """
         folder = self._place(stage, key)
         with disk_errors(folder), self._locked(stage, key):
-            if _is_intact(folder):
-                return folder
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-            try:
-                digests = dict(fill(temporary))
-                for name in digests:
-                    fsync_file(temporary / name)
-                _write_synced(temporary / _ENTRY_NAME, json.dumps(digests).encode())
-                fsync_folder(temporary)
-                _publish(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            fsync_folder(folder.parent)
+            if not _is_intact(folder):
+                _add(folder, fill)
         return folder
 
     def drop_unused(self, stage: str, *, older_than_s: float) -> int:
@@ -113,6 +99,22 @@ class Store:
 
     def _place(self, stage: str, key: str) -> Path:
         return self._root / stage / key[:2] / key
+
+
+def _add(folder: Path, fill: Fill) -> None:
+    """Fill a folder beside the entry's place, make it last, and rename it there; what fails leaves nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    try:
+        digests = dict(fill(temporary))
+        (temporary / _ENTRY_NAME).write_text(json.dumps(digests), encoding="utf-8")
+        for name in (*digests, _ENTRY_NAME):
+            fsync_file(temporary / name)
+        fsync_folder(temporary)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync_folder(folder.parent)
 
 
 def _is_intact(folder: Path) -> bool:
@@ -144,10 +146,3 @@ def _discard(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside / "entry")
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sdopt.backends.gpu import Gpu, describe_missing_gpu, find_gpu, shared_gpu
-from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.protocol import ComponentFiles, Probe, axis_sizes
 from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.component import TensorSpec, vae_factor
@@ -101,12 +101,7 @@ class CudaSession(OnnxRuntimeSession):
         return self._gpu.device
 
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        sizes = {
-            axis: size
-            for tensor in self.spec.inputs
-            for axis, size in zip(tensor.axes, inputs[tensor.name].shape, strict=True)
-            if isinstance(axis, str)
-        }
+        sizes = axis_sizes(self.spec, inputs)
         outputs = {
             tensor.name: self._gpu.empty(self._shape(tensor, sizes), TORCH_DTYPES[tensor.dtype])
             for tensor in self.spec.outputs

@@ -163,6 +163,16 @@ def check_inputs(
     _require_profile(spec, sizes, profiles)
 
 
+def axis_sizes(spec: ComponentSpec, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The size of each named axis in inputs that `check_inputs` has passed."""
+    return {
+        axis: size
+        for tensor in spec.inputs
+        for axis, size in zip(tensor.axes, inputs[tensor.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+
+
 def _require_chunks(spec: ComponentSpec, sizes: Mapping[str, int]) -> None:
     tokens = sizes.get("prompt_tokens", CHUNK_TOKENS)
     if tokens % CHUNK_TOKENS:

@@ -19,7 +19,7 @@ checkpoint:
   common (`_LEAST_LIKENESS`).
 
 torch draws on the GPU where the engines do, in fp32 without TF32; on the CPU where the engines do, or where the GPU's
-memory is too small for fp32.
+memory is too small for fp32, which the reason then says.
 
 A NaN, black or flat picture fails, unless torch draws it black or flat as well: then it is the checkpoint or
 the prompt, not the engines, and the reason says so.
@@ -60,6 +60,7 @@ _TORCH_BF16 = TorchSettings(precision=Precision.BF16)
 
 _FLOOR_MARGIN_DB = 6.0
 _PEER_MARGIN_DB = 3.0
+_TOO_SMALL_GPU = "torch drew on the CPU, because the GPU has too little memory for torch in fp32"
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,20 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
         )
 
     engines = draw(None, "engines", "the engines")
-    device = find_reference_device(manifest)
+    device, fallback = find_reference_device(manifest), ""
     try:
         reference, floor = draw_by_torch(device)
-    except MissingHardware:
+    except MissingHardware as error:
         if device == "cpu":
             raise
-        device = "cpu"
+        device, fallback = "cpu", f"; {_TOO_SMALL_GPU} ({error.message})"
         reference, floor = draw_by_torch(device)
     progress.update("comparing the pictures", 0.0)
     record = judge_drawings(manifest, scene, reference, engines, floor)
     if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
         peer = draw(_on(device, _TORCH_BF16), "torch-bf16", "torch bf16 (second hearing)")
         record = judge_drawings(manifest, scene, reference, engines, floor, peer)
-    return record
+    return record.model_copy(update={"reason": record.reason + fallback})
 
 
 def _on(device: Literal["cpu", "cuda"], settings: TorchSettings) -> TorchSettings:

@@ -175,7 +175,8 @@ def give_gpu(monkeypatch: pytest.MonkeyPatch, missing: str = "") -> None:
 
 def test_torch_draws_on_the_gpu_that_the_engines_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     give_gpu(monkeypatch)
-    _, fakes = judge_fakes(monkeypatch, draw(0.07, 1), draw(0.07, 2), Precision.FP16, GPU)
+    record, fakes = judge_fakes(monkeypatch, draw(0.07, 1), draw(0.07, 2), Precision.FP16, GPU)
+    assert "on the CPU" not in record.reason
     assert fakes.drawn == [
         None, TorchSettings(device="cuda"), TorchSettings(device="cuda", attention="math"),
         TorchSettings(device="cuda", precision=Precision.BF16),
@@ -198,8 +199,20 @@ def test_a_gpu_too_small_for_fp32_leaves_torch_to_the_cpu(attention: Any, monkey
     record, fakes = judge_fakes(monkeypatch, draw(), draw(), Precision.FP16, GPU, too_large)
     assert record.verdict is Verdict.PASS
     assert fakes.drawn[-2:] == [TorchSettings(), TorchSettings(attention="math")]
+    assert "torch drew on the CPU, because the GPU has too little memory" in record.reason
+    assert "(it ran out of memory)" in record.reason
     with pytest.raises(MissingHardware):
         judge_fakes(monkeypatch, draw(), draw(), Precision.FP16, CPU, TorchSettings(attention=attention))
+
+
+def test_a_picture_that_fails_beside_torch_on_the_cpu_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch)
+    too_large = TorchSettings(device="cuda")
+    record, fakes = judge_fakes(monkeypatch, draw(0.6, 1), draw(0.6, 2), Precision.FP16, GPU, too_large)
+    assert record.verdict is Verdict.FAIL
+    assert "differs from torch's" in record.reason
+    assert "torch drew on the CPU, because the GPU has too little memory" in record.reason
+    assert fakes.drawn[-1] == TorchSettings(precision=Precision.BF16)
 
 
 def test_bf16_that_fails_is_heard_again_beside_torch_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

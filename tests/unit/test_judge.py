@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.manifest import FidelityRecord, GpuRecord, Verdict
+from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
 from sdopt.artifacts.store import Store
 from sdopt.build import judge as judge_module
 from sdopt.build.judge import judge
 from sdopt.build.staging import Staging
 from sdopt.fidelity import verdict as verdict_module
+from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
 
 PASS = FidelityRecord(verdict=Verdict.PASS, reason="they are equal")
@@ -43,3 +44,49 @@ def test_a_verdict_counts_for_the_device_that_torch_drew_on(tmp_path: Path, monk
         monkeypatch.setattr(judge_module, "find_reference_device", lambda manifest, device=device: device)
         assert judge(draft.model_copy(update={"environment": environment}), store, staging) == PASS
         assert judged == count
+
+
+@pytest.mark.parametrize(
+    ("generation", "verdict", "said"),
+    [
+        ("sm89", Verdict.PASS, "they are equal"),
+        ("sm120", Verdict.GRAPHS_PASS, "there are plans for sm89, and the NVIDIA GeForce RTX 4090 here is sm120"),
+        (None, Verdict.GRAPHS_PASS, "the plans need an NVIDIA GPU"),
+    ],
+)
+def test_engines_are_drawn_where_they_run_and_their_graphs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str | None, verdict: Verdict, said: str
+) -> None:
+    """A machine with a GPU builds plans for another generation, too, and must not try to open them."""
+    staging, store = Staging(tmp_path / "out"), Store(tmp_path / "cache")
+    staging.folder.rmdir()
+    made = make_bundle(staging.folder).manifest
+    draft = with_plans(made, {name: [make_plan("sm89", name)] for name in made.components})
+    drawn: list[str] = []
+
+    def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
+        drawn.extend(sorted({record.backend.kind for record in manifest.components.values()}))
+        return PASS
+
+    monkeypatch.setattr(verdict_module, "judge_fidelity", judge_fidelity)
+    record = judge(draft, store, staging, make_machine(generation))
+    assert record.verdict is verdict
+    assert said in record.reason
+    assert drawn == (["tensorrt-rtx"] if verdict is Verdict.PASS else ["onnxruntime"])
+
+
+def test_a_verdict_counts_for_the_plans_that_drew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging, store = Staging(tmp_path / "out"), Store(tmp_path / "cache")
+    staging.folder.rmdir()
+    made = make_bundle(staging.folder).manifest
+    judged: list[str] = []
+
+    def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
+        judged.append(manifest.files["unet/sm89.plan"].sha256[0])
+        return PASS
+
+    monkeypatch.setattr(verdict_module, "judge_fidelity", judge_fidelity)
+    for digit in "aab":
+        files = {"unet/sm89.plan": FileRecord(sha256=digit * 64, size_bytes=1)}
+        judge(made.model_copy(update={"files": files}), store, staging)
+    assert judged == ["a", "b"]

@@ -1,8 +1,7 @@
 """ONNX graph -> TensorRT network. Weights stay mapped from the weight file, and pages that were read are given back.
 
 The parser keeps pointers into the mapping, so the build happens inside `parse_graph`. TensorRT reads each weight a few
-times; the pages may go in between, which takes the whole weight file off the peak of resident memory
-(`benchmarks/plan_budget.py` measures it).
+times; its pages go in between, so that the weight file does not count in the peak of resident memory.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from sdopt.artifacts.files import resolve_inside
 from sdopt.artifacts.manifest import PlanRecord
 from sdopt.backends.gpu import Gpu, GpuIdentity
-from sdopt.backends.protocol import ComponentFiles, DeviceMemory
+from sdopt.backends.protocol import ComponentFiles, DeviceMemory, axis_sizes
 from sdopt.backends.session import EngineSession
 from sdopt.backends.tensorrt.context import BoundContext
 from sdopt.backends.tensorrt.engine import LoadedEngine, load_engine
@@ -97,12 +97,7 @@ class TensorRTSession(EngineSession):
         return self._gpu.device
 
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        sizes = {
-            axis: size
-            for tensor in self.spec.inputs
-            for axis, size in zip(tensor.axes, inputs[tensor.name].shape, strict=True)
-            if isinstance(axis, str)
-        }
+        sizes = axis_sizes(self.spec, inputs)
         record = choose_plan(self._component, sizes)
         chunks = sizes.get("prompt_tokens", CHUNK_TOKENS) // CHUNK_TOKENS
         plan: OpenPlan = self.engine.get(record.file) or self._open(record)

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from sdopt.artifacts.files import disk_errors, hash_file, write_file
+from sdopt.artifacts.machine import describe_system
 from sdopt.artifacts.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
 from sdopt.artifacts.store import Store
 from sdopt.artifacts.trust import remember_built
@@ -31,7 +32,6 @@ from sdopt.build.plans.wanted import (
     list_wanted,
     peak_bytes,
     pixels_per_latent,
-    system_name,
 )
 from sdopt.build.resolve import BuildPlan
 from sdopt.errors import MissingHardware, SdoptError
@@ -45,8 +45,8 @@ STAGE = "plan"
 _PLAN_NAME = "engine.plan"
 _RECORD_NAME = "record.json"
 _UNUSED_AFTER_S = 24 * 3600.0
-# The builder takes and returns gigabytes many times over, and half of its time went into page faults: large pages, and
-# blocks that are kept for the next use, take a seventh of SDXL's time away. Other C libraries do not read this.
+# The builder takes and returns gigabytes many times over, and much of its time goes into page faults: large pages, and
+# blocks that are kept for the next use, make them fewer. Other C libraries do not read this.
 MALLOC_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=67108864"}
 _SMALL_WORKSPACE_BYTES = 512 << 20
 
@@ -220,7 +220,7 @@ def _describe(plan: BuildPlan, wanted: WantedPlan, folder: Path) -> MadePlan:
     records = tuple(
         PlanRecord(
             file=f"{wanted.component}/{name}", flavour=part.backend.kind, version=made["version"],
-            generation=wanted.generation, system=system_name(), profile=index, prompt_chunks=chunks,
+            generation=wanted.generation, system=describe_system(), profile=index, prompt_chunks=chunks,
             weight_streaming=made["weight_streaming"], rung=made["rung"], build_s=made["build_s"],
             build_peak_bytes=made["build_peak_bytes"], build_peak_device_bytes=made.get("build_peak_device_bytes"),
             audit=PlanAudit.model_validate(made["audit"]),

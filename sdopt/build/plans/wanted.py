@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.gpu import find_gpus
-from sdopt.artifacts.machine import find_version
-from sdopt.artifacts.manifest import FileRecord
+from sdopt.artifacts.machine import describe_system, find_version
+from sdopt.artifacts.manifest import FileRecord, PlanFlavour
 from sdopt.build.resolve import BuildPlan
 from sdopt.errors import MissingHardware, UsageError
 from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
 from sdopt.model.target import PORTABLE, Runtime
 
-# A build holds two copies of the weights beside the library and its working memory: SD1.5's UNet (1.72 GB) took 3.7 GB,
-# SDXL's (5.14 GB) 9.9 GB (benchmarks/plan_budget.py).
-_COPIES, _FIXED_BYTES = 2.0, 350_000_000
+# A build holds two copies of the weights beside the library and its working memory: `build_peak_bytes` and
+# `weights_bytes` of the plans in benchmarks/reports/plans-sd15.json and plans-sdxl.json.
+_COPIES, _FIXED_BYTES = 2.1, 400_000_000
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input."""
@@ -51,7 +49,7 @@ def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) ->
                 key = digest_of(
                     {"graph": part.architecture, "weights": weights[name].sha256, "shapes": shape,
                      "kind": part.backend.kind, "version": library_version(plan), "generation": generation,
-                     "system": system_name(), "require_fused": plan.recipe.require_fused}
+                     "system": describe_system(), "require_fused": plan.recipe.require_fused}
                 )  # fmt: skip
                 wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key))
     return wanted
@@ -79,9 +77,7 @@ def require_builder(plan: BuildPlan) -> None:
     """
     from sdopt.backends.tensorrt.library import buildable_generations, load_library
 
-    kind: Literal["tensorrt-rtx", "tensorrt"] = (
-        "tensorrt-rtx" if plan.recipe.target.runtime is Runtime.RTX else "tensorrt"
-    )
+    kind = _kind(plan)
     library, known = load_library(kind), buildable_generations(kind)
     for generation in generations(plan):
         if kind == "tensorrt-rtx" and generation not in (*known, PORTABLE):
@@ -91,14 +87,14 @@ def require_builder(plan: BuildPlan) -> None:
             )
 
 
-def system_name() -> str:
-    """Operating system and architecture, which a plan does not leave."""
-    return f"{platform.system()} {platform.machine()}"
+def _kind(plan: BuildPlan) -> PlanFlavour:
+    return "tensorrt-rtx" if plan.recipe.target.runtime is Runtime.RTX else "tensorrt"
 
 
 def library_version(plan: BuildPlan) -> str:
     """The installed version of the target's library, from its package: nothing is imported."""
-    return find_version("tensorrt-rtx" if plan.recipe.target.runtime is Runtime.RTX else "tensorrt")
+    # The library itself does not know of its packages' repairs, as in 10.13.3.9.post1.
+    return find_version(_kind(plan)).partition(".post")[0]
 
 
 def input_shapes(spec: ComponentSpec, profile: ShapeProfile, factor: int) -> Shapes:
