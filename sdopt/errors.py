@@ -14,6 +14,7 @@
     │   └── MissingHardware                      a processor feature, a GPU, memory, disk
     ├── CheckpointError                          the source is no model that sdopt can read
     ├── ArtifactError                            a file that sdopt wrote is damaged, foreign or of another version
+    ├── CalibrationError                         a quantised layer gets no usable scale: NaN, 0 or infinity on the way
     ├── ExportError                              torch could not be turned into ONNX
     └── BackendError                             a runtime refused a graph, or failed while it ran
 
@@ -98,6 +99,10 @@ class CheckpointError(SdoptError):
 
 class ArtifactError(SdoptError):
     """A bundle, graph or store entry is damaged, was not made by sdopt, or has another schema version."""
+
+
+class CalibrationError(SdoptError):
+    """A drawing gave NaN or infinity, or a layer's inputs give a scale that is 0 or infinite."""
 
 
 class ExportError(SdoptError):

@@ -17,6 +17,7 @@ from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
 from sdopt.model.recipe import BackendSettings, BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
@@ -89,7 +90,7 @@ class PlanAudit(_Record):
     """Those of them that do not compute in the precision that was asked for."""
     plan_bytes: int
     weights_bytes: int
-    """Of the tensors that the graph uses, in the types that the graph computes in."""
+    """Of the tensors that the graph uses; quantised ones as they are stored."""
     zero_share: float
     """Share of the plan's bytes that are zero; a plan that lost weights is full of them."""
     weights_zero_share: float
@@ -97,6 +98,12 @@ class PlanAudit(_Record):
     weights_sampled: int
     weights_found: int
     """Of the sampled weights, those that lie in the plan byte for byte; some are folded with what follows them."""
+    quantized_layers: int = 0
+    """Of the network, in the schemes that were asked for; a plan in which one of them is otherwise is refused."""
+    kernels: dict[str, int] = Field(default_factory=dict)
+    """Of the plan, by kind and operands, as in `matmul int8` or `matmul fp16 x int8`; empty where no plan says it."""
+    widened_layers: tuple[str, ...] = ()
+    """Quantised layers that the plan widens to 16 bits before it computes, so that they take no less time."""
 
 
 PlanFlavour = Literal["tensorrt-rtx", "tensorrt"]
@@ -128,6 +135,69 @@ class PlanRecord(_Record):
     audit: PlanAudit
 
 
+class SpeedupRecord(_Record):
+    """How many times as fast, with an interval of 95 %, from runs that took turns."""
+
+    value: float
+    low: float
+    high: float
+
+
+class BlockRecord(_Record):
+    """A group of layers that was tried in a quantised scheme, alone."""
+
+    name: str
+    layers: int
+    scheme: Scheme
+    quantized: bool
+    reason: str
+    """Why it stays in 16 bits; empty where it is quantised."""
+    error: float
+    """|a-b|/|b| of the component's outputs on held-out inputs, against torch fp32."""
+    speedup: SpeedupRecord | None
+    """Of the component with this group alone; null where its engine does not run on the machine that built it."""
+
+
+class QuantizationRecord(_Record):
+    """What was tried on a component, and what of it stayed. `error` and `speedup` are of all that stayed, together."""
+
+    settings: ComponentQuantization
+    calibration: CalibrationSettings
+    trajectories: str
+    """Digest of the recorded drawings that scales were made of, and errors measured on."""
+    runtime: str
+    """What the blocks were measured on."""
+    blocks: tuple[BlockRecord, ...]
+    error_limit: float
+    base_error: float
+    """Of the 16-bit engine on the same inputs."""
+    error: float | None
+    speedup: SpeedupRecord | None
+    integer_layers: int | None = None
+    """Layers whose matrix product the runtime's execution graph shows in 8 bits; null where it shows none."""
+    weights_bytes: int
+    """Of the weight file, and before."""
+    weights_bytes_16bit: int
+
+    @property
+    def quantized_layers(self) -> int:
+        return sum(block.layers for block in self.blocks if block.quantized)
+
+    def describe(self) -> str:
+        """One line: how much is quantised, and what it brings."""
+        kept = sum(block.quantized for block in self.blocks)
+        if self.error is None:
+            return f"no block of {len(self.blocks)} pays in {self.settings.scheme}"
+        speed = "not timed here"
+        if self.speedup is not None:
+            speed = f"{self.speedup.value:.2f} times as fast ({self.speedup.low:.2f} to {self.speedup.high:.2f})"
+        return (
+            f"{kept} of {len(self.blocks)} blocks ({self.quantized_layers} layers) in {self.settings.scheme}: {speed}, "
+            f"error {self.error:.1%} (in 16 bits {self.base_error:.1%}), weights {self.weights_bytes / 1e6:,.0f} MB "
+            f"instead of {self.weights_bytes_16bit / 1e6:,.0f}"
+        )
+
+
 class ComponentRecord(_Record):
     spec: ComponentSpec
     precision: Precision
@@ -140,7 +210,14 @@ class ComponentRecord(_Record):
     """Digest of the source files' names, sizes and times, and of the storage types: tells whether to copy again."""
     audit: GraphAudit
     parity: ParityRecord | None = None
+    """Of the graph in `precision`, before layers were quantised."""
+    quantization: QuantizationRecord | None = None
     plans: tuple[PlanRecord, ...] = ()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any layer is: then the weight file is not the checkpoint's."""
+        return self.quantization is not None and self.quantization.quantized_layers > 0
 
 
 class Verdict(StrEnum):

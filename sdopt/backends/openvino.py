@@ -128,7 +128,17 @@ def _output_names(request: Any) -> list[str]:
     return [port.get_any_name() for port in request.model_outputs]
 
 
+_MATRIX_PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+
+
 class OpenVINOSession(EngineSession):
+    def integer_layers(self) -> int:
+        nodes = [op.get_rt_info() for op in self.engine.network.get_compiled_model().get_runtime_model().get_ops()]
+        return sum(
+            node["layerType"].astype(str) in _MATRIX_PRODUCTS and node["runtimePrecision"].astype(str) in ("i8", "u8")
+            for node in nodes
+        )
+
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         feeds = {name: _to_feed(tensor) for name, tensor in inputs.items()}
         try:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from sdopt.artifacts.manifest import PlanRecord
+from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
@@ -51,6 +52,9 @@ class ComponentFiles:
     plans: tuple[PlanRecord, ...] = ()
     profiles: tuple[Mapping[str, Extent], ...] = ()
     plan_digests: Mapping[str, str] = field(default_factory=dict)
+    graph_name: str = "model.onnx"
+    origin: Mapping[str, TensorRef] | None = None
+    """The checkpoint's tensors, for torch, where the weight file holds quantised ones."""
 
     @property
     def name(self) -> ComponentName:
@@ -58,7 +62,7 @@ class ComponentFiles:
 
     @property
     def graph(self) -> Path:
-        return self.folder / "model.onnx"
+        return self.folder / self.graph_name
 
     @property
     def weights(self) -> Path:
@@ -120,6 +124,15 @@ class Session(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class ShowsKernels(Protocol):
+    """A session whose runtime tells what its kernels compute in."""
+
+    def integer_layers(self) -> int:
+        """Convolutions and matrix products that the open engine computes in 8 bits."""
+        ...
 
 
 class Backend(Protocol):

@@ -48,7 +48,8 @@ class TorchBackend:
         device = torch.device("cuda", torch.cuda.current_device()) if self._settings.device == "cuda" else _HOST
         with default_dtype(dtype), init_empty_weights(include_buffers=False):
             network = build_network(component.name, component.config)
-        load_weights(network, read_header(component.weights).tensors, dtype, device)
+        tensors = read_header(component.weights).tensors if component.origin is None else component.origin
+        load_weights(network, tensors, dtype, device)
         network.to(device)  # the buffers, which are no weights
         return TorchSession(component, network, self._settings, dtype, device)
 

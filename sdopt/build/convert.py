@@ -22,6 +22,7 @@ from sdopt.artifacts.manifest import (
     FileRecord,
     GraphAudit,
     ParityRecord,
+    QuantizationRecord,
     Verdict,
     read_manifest,
     write_manifest,
@@ -29,10 +30,11 @@ from sdopt.artifacts.manifest import (
 from sdopt.artifacts.store import Store, cache_root
 from sdopt.build.files import make_card, write_small_files
 from sdopt.build.graphs import find_graph, trace_missing
-from sdopt.build.judge import judge
+from sdopt.build.judge import PictureJudge, judge
 from sdopt.build.parity import prove_parity, require_runtimes
 from sdopt.build.plans.make import MadePlan, make_plans, place_plan
 from sdopt.build.plans.wanted import generations, library_version, require_builder
+from sdopt.build.quantize.stage import Shop, quantize
 from sdopt.build.resolve import BuildPlan, require_backends
 from sdopt.build.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.errors import ArtifactError, ExportError
@@ -40,6 +42,7 @@ from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.export.weights import write_weights
 from sdopt.isolation import kill_children
 from sdopt.model.component import ComponentName
+from sdopt.model.quantization import QuantizationSettings
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000
@@ -72,7 +75,7 @@ def convert(plan: BuildPlan, output: Path) -> BundleManifest:
 
 
 def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> BundleManifest:
-    weights = _make_weights_and_graphs(plan, store, staging, cache)
+    weights: Mapping[ComponentName, FileRecord] = _make_weights_and_graphs(plan, store, staging, cache)
     found = {name: _require_graph(store, plan, name) for name in plan.components}
     write_small_files(plan, {name: graph for name, (graph, _) in found.items()}, staging.folder)
     parity: Mapping[ComponentName, ParityRecord] = {}
@@ -80,19 +83,24 @@ def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> Bund
         digests = {name: record.sha256 for name, record in weights.items()}
         parity = prove_parity(plan, store, staging.folder, staging.work, digests)
     audits = {name: audit for name, (_, audit) in found.items()}
-    made = make_plans(plan, store, cache, staging.folder, audits, weights)
-    for each in made:
-        place_plan(each, staging.folder)
     components = {
         name: ComponentRecord(
             spec=part.spec, precision=part.precision, precision_reason=part.precision_reason, backend=part.backend,
             architecture=part.architecture, weights_key=part.weights_key, audit=audits[name], parity=parity.get(name),
-            plans=tuple(record for each in made if each.component is name for record in each.records),
         )
         for name, part in plan.components.items()
     }  # fmt: skip
-    draft = _draft_manifest(plan, staging.output.name, components, weights, made)
-    fidelity = judge(draft, store, staging)
+    draft = _draft_manifest(plan, staging.output.name, components, weights)
+    pictures = PictureJudge(store, staging)
+    if plan.quantization is not None:
+        wanted = pictures if plan.recipe.verify.enabled and plan.recipe.verify.fidelity else None
+        quantized = quantize(Shop(plan, draft, weights, store, cache, staging, wanted))
+        plan, draft, weights = quantized.plan, quantized.draft, quantized.weights
+    made = make_plans(plan, store, cache, staging.folder, audits, weights)
+    for each in made:
+        place_plan(each, staging.folder)
+    draft = _with_plans(draft, made)
+    fidelity = judge(draft, pictures)
     manifest = draft.model_copy(update={"fidelity": fidelity})
     write_file(staging.folder / "README.md", make_card(manifest).encode())
     manifest = manifest.model_copy(update={"files": _record_files(staging.folder, plan, weights, made)})
@@ -144,9 +152,9 @@ def _require_graph(store: Store, plan: BuildPlan, name: ComponentName) -> tuple[
 
 def _draft_manifest(
     plan: BuildPlan, name: str, components: dict[ComponentName, ComponentRecord],
-    weights: Mapping[ComponentName, FileRecord], plans: Sequence[MadePlan],
+    weights: Mapping[ComponentName, FileRecord],
 ) -> BundleManifest:  # fmt: skip
-    """The manifest as the verdict needs it: plans are opened by their digests, the other files are not asked for."""
+    """The manifest of the staged 16-bit bundle, before anything is quantised, compiled or judged."""
     checkpoint = plan.checkpoint
     assert checkpoint.prediction is not None
     digest = digest_of({component: record.sha256 for component, record in weights.items()})
@@ -162,10 +170,22 @@ def _draft_manifest(
         profiles=plan.profiles,
         dialect=plan.recipe.dialect,
         components=components,
-        files={made.records[0].file: made.file for made in plans},
+        files={},
         fidelity=FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off by --no-verify or the recipe"),
         environment=describe_machine(),
     )
+
+
+def _with_plans(draft: BundleManifest, made: Sequence[MadePlan]) -> BundleManifest:
+    """The manifest as the verdict needs it: plans are opened by their digests."""
+    components = {
+        name: record.model_copy(
+            update={"plans": tuple(plan for each in made if each.component is name for plan in each.records)}
+        )
+        for name, record in draft.components.items()
+    }
+    files = {**draft.files, **{each.records[0].file: each.file for each in made}}
+    return draft.model_copy(update={"components": components, "files": files})
 
 
 def _record_files(
@@ -180,6 +200,17 @@ def _record_files(
         keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}
     drop_unknown(folder, keep)
     return {relative: known.get(relative) or record_file(folder / relative) for relative in sorted(keep)}
+
+
+def _is_quantized_alike(
+    settings: QuantizationSettings | None, name: ComponentName, record: QuantizationRecord | None
+) -> bool:
+    wanted = settings.components.get(name) if settings is not None else None
+    if wanted is None or record is None or settings is None:
+        return wanted is None and record is None
+    return (record.settings, record.calibration, record.error_limit) == (
+        wanted, settings.calibration, settings.held_out_error
+    )  # fmt: skip
 
 
 def find_finished(plan: BuildPlan, output: Path) -> BundleManifest | None:
@@ -198,6 +229,7 @@ def find_finished(plan: BuildPlan, output: Path) -> BundleManifest | None:
             (record.architecture, record.weights_key, record.backend)
             == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
             and all(made.version == library_version(plan) for made in record.plans)
+            and _is_quantized_alike(plan.quantization, name, record.quantization)
             for name, record in manifest.components.items()
         )
     )

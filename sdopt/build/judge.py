@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.fingerprint import digest_of
@@ -22,49 +23,94 @@ from sdopt.model.precision import Precision
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, needs_gpu
 from sdopt.pipeline.preflight import require_runnable
 
+if TYPE_CHECKING:
+    from sdopt.fidelity.verdict import PictureBudget, References
+
 STAGE = "fidelity"
 _RECORD_NAME = "fidelity.json"
 
 
-def judge(draft: BundleManifest, store: Store, staging: Staging, machine: Machine | None = None) -> FidelityRecord:
-    """The verdict on the engines, or on their graphs. Raises `FidelityError` where it is no pass.
+class PictureJudge:
+    """Judges the drafts of one build. torch's pictures, and those of the 16-bit engines, are drawn once for all drafts.
 
     `machine` is this one by default.
     """
+
+    def __init__(self, store: Store, staging: Staging, machine: Machine | None = None) -> None:
+        self._store, self._staging, self._machine = store, staging, machine
+        self._references: References | None = None
+        self._budget: PictureBudget | None = None
+
+    def set_base(self, draft: BundleManifest) -> None:
+        """Draw with the 16-bit engines of `draft`: quantised ones are judged by how much they lose against these.
+
+        torch draws the references from the 16-bit weights, which are still in the staging folder.
+        """
+        from sdopt.fidelity import verdict
+
+        folder, work, settings = self._staging.folder, self._staging.work, draft.recipe.verify
+        drawn, _ = runnable_here(draft, self._staging.output, self._machine)
+        scene = verdict.make_scene(folder, drawn, work)
+        references = verdict.draw_references(folder, drawn, work, scene)
+        base = verdict.compare_drawings(
+            scene, references.drawing, verdict.draw_engines(folder, drawn, work, scene), references.floor
+        )
+        base_psnr_db = tuple(image.psnr_db for image in base)
+        self._references = references
+        self._budget = verdict.PictureBudget(base_psnr_db, settings.max_psnr_loss, settings.min_ssim)
+
+    def judge(self, draft: BundleManifest) -> FidelityRecord:
+        """The verdict on the engines, or on their graphs, from the store or by drawing."""
+        drawn, obstacle = runnable_here(draft, self._staging.output, self._machine)
+        key = _fidelity_key(drawn, self._staging.folder)
+        folder = self._store.find(STAGE, key)
+        if folder is None:
+            record = self._draw_and_judge(drawn)
+            if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
+                self._store.put(STAGE, key, {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+        else:
+            record = FidelityRecord.model_validate_json((folder / _RECORD_NAME).read_bytes())
+        return _of_graphs(record, obstacle) if obstacle and record.verdict is Verdict.PASS else record
+
+    def _draw_and_judge(self, drawn: BundleManifest) -> FidelityRecord:
+        from sdopt.fidelity import verdict
+
+        folder, work = self._staging.folder, self._staging.work
+        if self._references is None:
+            return verdict.judge_fidelity(folder, drawn, work)
+        engines = verdict.draw_engines(folder, drawn, work, self._references.scene)
+        return verdict.judge_engines(drawn, self._references, engines, budget=self._budget)
+
+
+def judge(draft: BundleManifest, pictures: PictureJudge) -> FidelityRecord:
+    """The verdict on the engines, or on their graphs. Raises `FidelityError` where it is no pass."""
     if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
         return draft.fidelity
-    drawn, obstacle = _runnable_here(draft, staging.output, machine)
-    key = _fidelity_key(drawn, staging.folder)
-    folder = store.find(STAGE, key)
-    if folder is None:
-        from sdopt.fidelity.verdict import judge_fidelity
-
-        record = judge_fidelity(staging.folder, drawn, staging.work)
-        if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
-            store.put(STAGE, key, {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
-    else:
-        record = FidelityRecord.model_validate_json((folder / _RECORD_NAME).read_bytes())
+    record = pictures.judge(draft)
     if record.verdict is Verdict.FAIL:
         raise FidelityError(
             f"the engines do not draw what torch draws: {record.reason}",
             hint="try --precision fp32; --no-verify publishes the bundle without a verdict",
         )
-    return _of_graphs(record, obstacle) if obstacle else record
+    return record
 
 
-def _runnable_here(draft: BundleManifest, output: Path, machine: Machine | None) -> tuple[BundleManifest, str]:
+def runnable_here(draft: BundleManifest, output: Path, machine: Machine | None) -> tuple[BundleManifest, str]:
     """(the manifest, nothing), or (one whose engines are a CPU runtime on the same graphs, why they cannot run)."""
     try:
         require_runnable(output, draft, machine)
     except EnvironmentMissingError as error:
         if not any(needs_gpu(record.backend) for record in draft.components.values()):
             raise
-        components = {name: _on_cpu(record) for name, record in draft.components.items()}
-        return draft.model_copy(update={"components": components, "files": {}}), error.message
+        components = {name: stand_in(record) for name, record in draft.components.items()}
+        plans = {plan.file for record in draft.components.values() for plan in record.plans}
+        files = {name: record for name, record in draft.files.items() if name not in plans}
+        return draft.model_copy(update={"components": components, "files": files}), error.message
     return draft, ""
 
 
-def _on_cpu(record: ComponentRecord) -> ComponentRecord:
+def stand_in(record: ComponentRecord) -> ComponentRecord:
+    """The same graph on a runtime of the CPU."""
     bf16 = record.precision is Precision.BF16
     return record.model_copy(update={"backend": OpenVINOSettings() if bf16 else OnnxRuntimeSettings(), "plans": ()})
 
@@ -81,6 +127,7 @@ def _fidelity_key(draft: BundleManifest, folder: Path) -> str:
     """Digest of everything that the pictures depend on: engines, weights, scheduler, tokenizers, machine, sdopt.
 
     The GPUs count where torch draws on one of them, and plans by their digests: two builds of one may differ in pixels.
+    Quantised graphs and weights are among the draft's files, too.
     """
     dump = draft.model_dump(mode="json")
     parts = {name: [part["architecture"], part["backend"]] for name, part in dump["components"].items()}

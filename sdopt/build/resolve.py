@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any
 
+from sdopt.artifacts.configs import find_config
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import fastest_cpu_settings, probe_backend
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.errors import MissingDependency, MissingHardware, RecipeError
-from sdopt.export.weights import storage_layout
+from sdopt.export.weights import identify_weights, storage_layout
 from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
+from sdopt.model.quantization import QuantizationSettings, Scheme, parse_quantization
 from sdopt.model.recipe import (
     BackendSettings,
     BuildRecipe,
@@ -26,6 +28,7 @@ from sdopt.model.recipe import (
     OpenVINOSettings,
     TensorRTSettings,
     TorchSettings,
+    graph_dtype,
     needs_gpu,
 )
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
@@ -68,6 +71,8 @@ class ComponentPlan:
     architecture: str
     weights_key: str
     precision_reason: str = ""
+    quantized: Mapping[str, Scheme] = field(default_factory=dict)
+    """The layers of the staged graph that are quantised; they are found out while the bundle is built."""
 
     @property
     def graph_dtype(self) -> DType:
@@ -87,6 +92,7 @@ class BuildPlan:
     profiles: tuple[ShapeProfile, ...]
     extents: Mapping[str, Extent]
     components: Mapping[ComponentName, ComponentPlan]
+    quantization: QuantizationSettings | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -113,7 +119,24 @@ def resolve_build(
     components = {
         name: _resolve_component(name, checkpoint, recipe, extents, dynamic, chosen.get(name)) for name in names
     }
-    return BuildPlan(checkpoint, recipe, profile, profiles, extents, components)
+    return BuildPlan(checkpoint, recipe, profile, profiles, extents, components, _read_quantization(recipe))
+
+
+def _read_quantization(recipe: BuildRecipe) -> QuantizationSettings | None:
+    """The quantization file that the recipe names. Raises `RecipeError` for a target that knows no such type."""
+    if not recipe.quantization_file:
+        return None
+    path = find_config("quantization", recipe.quantization_file, "toml")
+    try:
+        settings = parse_quantization(tomllib.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the quantization file {path} cannot be read: {error}") from error
+    target, schemes = recipe.target, {part.scheme for part in settings.components.values()}
+    if Scheme.FP8 in schemes and not target.runtime.makes_plans:
+        raise RecipeError(f"the target {target} has no FP8 arithmetic", hint="FP8 needs --target rtx:sm89 and later")
+    if recipe.dialect is Dialect.DECOMPOSED:
+        raise RecipeError(f"{recipe.dialect} has no Q/DQ nodes as sdopt writes them", hint="leave `dialect` out")
+    return settings
 
 
 def _resolve_profiles(recipe: BuildRecipe, unet: Config, vae: Config, family: Family) -> tuple[ShapeProfile, ...]:
@@ -146,23 +169,9 @@ def _resolve_component(
     dtype = graph_dtype(precision, backend)
     spec = describe_component(name, source.config, checkpoint.family, dtype)
     architecture = _architecture_key(source.config, spec, extents, source.tensors, dtype, recipe.dialect, dynamic)
-    weights_key = digest_of([_tensor_identity(name, ref, dtype) for name, ref in sorted(source.tensors.items())])
+    weights_key = identify_weights(source.tensors, dtype)
     reason = "" if chosen is None else chosen.reason
     return ComponentPlan(spec, source.config, source.tensors, precision, backend, architecture, weights_key, reason)
-
-
-def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
-    """Float type of a graph's activations.
-
-    TensorRT takes its precision from the graph. CPU runtimes compute in bf16 on an fp32 graph, by a hint: none of them
-    takes a graph that is typed bf16.
-    """
-    match precision, backend:
-        case Precision.FP16, _:
-            return DType.FP16
-        case Precision.BF16, TensorRTSettings():
-            return DType.BF16
-    return DType.FP32
 
 
 def _resolve_backend(target: Target, precision: Precision) -> BackendSettings:
@@ -233,15 +242,6 @@ def _architecture_key(
             "tracers": {name: version(name) for name in _TRACERS},
         }
     )
-
-
-def _tensor_identity(name: str, ref: TensorRef, graph: DType) -> list[Any]:
-    """What a weight's bytes depend on, without reading them: the file as the disk knows it, the place, the type."""
-    state = ref.file.stat()
-    return [
-        name, str(ref.file), state.st_size, state.st_mtime_ns, ref.offset_bytes, ref.dtype, list(ref.shape),
-        ref.transposed, graph,
-    ]  # fmt: skip
 
 
 def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:

@@ -40,28 +40,28 @@ def is_hub_id(source: str) -> bool:
     return bool(_ID.match(source)) and not source.endswith(_FILE_SUFFIXES)
 
 
-def fetch_snapshot(source: str) -> Snapshot:
+def fetch_snapshot(source: str, *, offline: bool = False) -> Snapshot:
     """The snapshot of `owner/name[@revision]` in the Hugging Face cache; fetches only what is not there yet.
 
-    Offline (`HF_HUB_OFFLINE=1`, or no connection) the cache alone is asked. Raises `CheckpointError` with what to do
-    next, `MissingHardware` for a full disk.
+    Offline (`HF_HUB_OFFLINE=1`, `offline`, or no connection) the cache alone is asked. Raises `CheckpointError` with
+    what to do next, `MissingHardware` for a full disk.
     """
     from huggingface_hub import constants
 
     name, _, revision = source.partition("@")
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)):
-            folder = _download(name, revision or None)
+            folder = _download(name, revision or None, offline or constants.HF_HUB_OFFLINE)
     except _hub_errors() as error:
         raise _explain(source, name, error) from error
     return Snapshot(folder, folder.name)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, offline: bool) -> Path:
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    if not constants.HF_HUB_OFFLINE:
+    if not offline:
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
         except errors.HfHubHTTPError:

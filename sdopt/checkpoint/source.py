@@ -16,13 +16,15 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
 
 
-def open_checkpoint(source: str, *, vae: str = "", prediction: Prediction | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str, *, vae: str = "", prediction: Prediction | None = None, offline: bool = False
+) -> Checkpoint:
     """Open a diffusers folder, a single file or a Hugging Face id; no tensor is loaded.
 
     `vae` replaces the model's VAE: a diffusers VAE folder or a single file. `prediction` overrides what the
     model says. Raises `CheckpointError` for what is missing, damaged or of another family, `UnsafeInputError`
     for a pickle that wants to run code or a file that contradicts itself. Asks the network only for an id
-    that is no local path.
+    that is no local path, and not if `offline`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -37,7 +39,7 @@ def open_checkpoint(source: str, *, vae: str = "", prediction: Prediction | None
             f"there is no file or folder {source}",
             hint="give a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id as owner/name",
         )
-    snapshot = fetch_snapshot(source)
+    snapshot = fetch_snapshot(source, offline=offline)
     record = SourceRecord(kind="huggingface", location=source.partition("@")[0], revision=snapshot.revision)
     return _adapt(open_folder(snapshot.folder.resolve(), record), vae, prediction)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: engines/NAME]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with any of the settings.")
 @click.option("--target", metavar="NAME", help="cpu, openvino, onnxruntime, cuda, tensorrt, rtx, rtx:sm86,sm89.")
-@click.option("--precision", metavar="NAME", help="auto, fp32, bf16, fp16.")
+@click.option("--precision", metavar="NAME", help="auto, fp32, bf16, fp16; int8 or fp8 where they pay.")
 @click.option(
     "--size", metavar="SIZES", help="WxH pixels, several as WxH,WxH, a range as WxH..WxH.  [default: the model's own]"
 )
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 @click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder or a single file.")
 @click.option("--require-fused", is_flag=True, default=None, help="Refuse attention without a dedicated kernel.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory that building engines may take, as in 12GiB.")
+@click.option(
+    "--max-psnr-loss", metavar="DB", type=float, help="What quantised pictures may lose against 16 bits.  [default: 25]"
+)
+@click.option("--min-ssim", metavar="SSIM", type=float, help="Least likeness of quantised pictures.  [default: 0.9]")
+@click.option(
+    "--require", "require_quantized", is_flag=True, default=None, help="Refuse a bundle in which no block is quantised."
+)
 @click.option("--no-verify", is_flag=True, help="Publish without parity and fidelity; the manifest says so.")
 @click.option("--save-recipe", type=click.Path(path_type=Path), help="Write what ran as a TOML recipe.")
 @click.option("--dry-run", is_flag=True, help="Show the steps, and do none.")
@@ -70,6 +77,9 @@ def convert(
         _show_bundle(output, manifest)
 
 
+_VERIFY_FLAGS = ("max_psnr_loss", "min_ssim")
+
+
 def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -> BuildRecipe:
     """Flag over file over default. Raises `RecipeError` naming the file or the command line."""
     values: dict[str, Any] = {}
@@ -84,7 +94,10 @@ def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -
     if flags.get("precision") is not None:
         # The flag wins over all that the file says of precision, also over what it says of one component.
         values.pop("component_precision", None)
-    values |= {key: value for key, value in flags.items() if value is not None}
+    values |= {key: value for key, value in flags.items() if value is not None and key not in _VERIFY_FLAGS}
+    verify = {key: flags[key] for key in _VERIFY_FLAGS if flags.get(key) is not None}
+    if verify:
+        values["verify"] = {**values.get("verify", {}), **verify}
     if no_verify:
         values["verify"] = {**values.get("verify", {}), "enabled": False}
     recipe = parse_recipe(values, where="the command line")
@@ -131,7 +144,8 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
             f"parity {max(o.relative_l2 for o in record.parity.outputs):.0e}" if record.parity else "parity not checked"
         )
         reason = f" ({record.precision_reason})" if record.precision_reason else ""
-        print(f"{name}: {record.precision} on {record.backend.kind}{reason}, {parity}", file=sys.stderr)
+        quantized = f", {record.quantization.describe()}" if record.quantization else ""
+        print(f"{name}: {record.precision} on {record.backend.kind}{reason}, {parity}{quantized}", file=sys.stderr)
     print(neutralise(f"fidelity: {manifest.fidelity.verdict}. {manifest.fidelity.reason}"), file=sys.stderr)
     print(neutralise("\n".join(_next_steps(output, manifest))), file=sys.stderr)
 

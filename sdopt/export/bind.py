@@ -6,12 +6,13 @@ when it loads the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-from sdopt.artifacts.safetensors_file import plan_layout
+from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
 from sdopt.errors import ExportError
 from sdopt.model.precision import DType
 
@@ -49,6 +50,26 @@ def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, .
         value.dtype = tensor.dtype
     for node in casts:
         graph.insert_before(graph[0], node)
+
+
+def rebind_weights(model: ir.Model, places: Mapping[str, TensorRef]) -> None:
+    """Point every initializer whose data are not in the graph at its place in a file beside it, in place.
+
+    Raises `ExportError` for one that has no place, or one of another size.
+    """
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        assert value.dtype is not None
+        assert value.shape is not None
+        shape = value.shape.numpy()
+        ref = places.get(name)
+        wanted_bytes = -(-math.prod(shape) * value.dtype.bitwidth // 8)
+        if ref is None or ref.nbytes != wanted_bytes:
+            raise ExportError(f"the graph names the weight {name!r} of {wanted_bytes} bytes, which no weight file has")
+        value.const_value = ir.ExternalTensor(
+            ref.file.name, ref.offset_bytes, ref.nbytes, value.dtype, shape=ir.Shape(shape), name=name
+        )
 
 
 def _cast_up(graph: ir.Graph, value: ir.Value, tensor: ir.ExternalTensor, graph_dtype: DType) -> ir.Node:

@@ -14,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sdopt import progress
 from sdopt.artifacts.files import disk_errors
+from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
@@ -49,6 +51,19 @@ def storage_layout(tensors: Mapping[str, TensorRef], graph: DType) -> dict[str, 
         name: (storage_dtype(ref.dtype, graph) if ref.dtype.is_float else ref.dtype, ref.shape)
         for name, ref in tensors.items()
     }
+
+
+def identify_weights(tensors: Mapping[str, TensorRef], graph: DType) -> str:
+    """Digest of what the bytes of a weight file depend on, without reading them: the sources as the disk knows them."""
+    return digest_of([_identify(name, ref, graph) for name, ref in sorted(tensors.items())])
+
+
+def _identify(name: str, ref: TensorRef, graph: DType) -> list[Any]:
+    state = ref.file.stat()
+    return [
+        name, str(ref.file), state.st_size, state.st_mtime_ns, ref.offset_bytes, ref.dtype, list(ref.shape),
+        ref.transposed, graph,
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,16 @@ def open_candidate(
     from sdopt.artifacts.machine import find_machine
     from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.backends.open import open_session
+    from sdopt.fidelity.origin import find_origin
     from sdopt.pipeline.assemble import assemble_pipeline
     from sdopt.pipeline.load import component_files
 
     plans = choose_plans(folder, manifest, find_machine()) if settings is None else {}
+    origin = find_origin(manifest) if isinstance(settings, TorchSettings) else {}
     with contextlib.ExitStack() as opened:
         sessions = {}
         for name, record in manifest.components.items():
-            files = component_files(folder, manifest, name, plans.get(name, ()))
+            files = component_files(folder, manifest, name, plans.get(name, ()), origin.get(name))
             sessions[name] = wrap(opened.enter_context(open_session(files, settings or record.backend)))
         pipeline = assemble_pipeline(folder, manifest, sessions, scheduler=_SCHEDULER)
         pipeline.set_progress_bar_config(disable=True)

@@ -14,6 +14,7 @@ checkpoint:
   components to find. (`benchmarks/fidelity_calibration.py` measures these again.)
 * Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to
   itself: the limit is never above the noise floor with twice its root-mean-square error (6 dB).
+* Quantised engines have a budget of their own (`PictureBudget`): so many dB less than the 16-bit engines reach.
 * bf16 and fp16 that miss their limit get a second hearing: torch draws the scene in bf16, too, and the
   engines pass where their error is at most 1.4 times torch's (3 dB), unless the pictures have little in
   common (`_LEAST_LIKENESS`).
@@ -59,6 +60,8 @@ NOISE_FLOOR = TorchSettings(attention="math")
 _TORCH_BF16 = TorchSettings(precision=Precision.BF16)
 
 _FLOOR_MARGIN_DB = 6.0
+# Nobody sees more; a 16-bit engine that is closer to torch does not make the budget of a quantised one smaller.
+_BEST_PSNR_DB = 50.0
 _PEER_MARGIN_DB = 3.0
 _TOO_SMALL_GPU = "torch drew on the CPU, because the GPU has too little memory for torch in fp32"
 
@@ -92,6 +95,30 @@ LIMITS = {
 _LEAST_LIKENESS = Limit(15.0, 0.5)
 
 
+@dataclass(frozen=True)
+class References:
+    """What torch draws of a scene, and again for the noise floor. `remark` says why not on the engines' device."""
+
+    scene: Scene
+    drawing: Drawing
+    floor: Drawing
+    device: Literal["cpu", "cuda"]
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class PictureBudget:
+    """What quantised engines may lose: dB against the PSNR that 16-bit engines reach, picture by picture, and SSIM."""
+
+    base_psnr_db: tuple[float | None, ...]
+    max_psnr_loss_db: float
+    min_ssim: float
+
+    def limits(self) -> list[Limit]:
+        base = (_BEST_PSNR_DB if psnr_db is None else min(psnr_db, _BEST_PSNR_DB) for psnr_db in self.base_psnr_db)
+        return [Limit(psnr_db - self.max_psnr_loss_db, self.min_ssim) for psnr_db in base]
+
+
 def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
     """Draw with the engines, with torch and with torch again, and judge. `bundle.json` need not be there yet.
 
@@ -101,36 +128,65 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
     verify = manifest.recipe.verify
     if not verify.enabled:
         return FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off with --no-verify")
+    scene = make_scene(folder, manifest, work)
+    engines = draw_engines(folder, manifest, work, scene)
+    references = draw_references(folder, manifest, work, scene)
+    record = judge_engines(manifest, references, engines)
+    if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
+        settings = _on(references.device, _TORCH_BF16)
+        peer = draw_isolated(
+            folder, manifest, settings, scene, work / "torch-bf16.safetensors", label="torch bf16 (second hearing)"
+        )
+        record = judge_engines(manifest, references, engines, peer)
+    return record
+
+
+def make_scene(folder: Path, manifest: BundleManifest, work: Path) -> Scene:
+    """The scene that the recipe asks for, its inputs written to `work`."""
+    verify = manifest.recipe.verify
     scene = Scene(
         prompts=verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=verify.steps,
         guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
     )  # fmt: skip
     write_scene(folder, manifest, scene)
+    return scene
 
-    def draw(settings: TorchSettings | None, name: str, label: str) -> Drawing:
+
+def draw_engines(folder: Path, manifest: BundleManifest, work: Path, scene: Scene) -> Drawing:
+    return draw_isolated(folder, manifest, None, scene, work / "engines.safetensors", label="the engines")
+
+
+def draw_references(folder: Path, manifest: BundleManifest, work: Path, scene: Scene) -> References:
+    """Draw with torch fp32, twice: on the GPU where the engines draw there and its memory is large enough."""
+
+    def draw(settings: TorchSettings, name: str, label: str) -> Drawing:
         return draw_isolated(folder, manifest, settings, scene, work / f"{name}.safetensors", label=label)
 
-    def draw_by_torch(device: Literal["cpu", "cuda"]) -> tuple[Drawing, Drawing]:
-        return (
-            draw(_on(device, REFERENCE), "torch", "torch fp32"),
-            draw(_on(device, NOISE_FLOOR), "noise-floor", "torch fp32 again (noise floor)"),
-        )
+    def draw_both(device: Literal["cpu", "cuda"], remark: str) -> References:
+        reference = draw(_on(device, REFERENCE), "torch", "torch fp32")
+        floor = draw(_on(device, NOISE_FLOOR), "noise-floor", "torch fp32 again (noise floor)")
+        return References(scene, reference, floor, device, remark)
 
-    engines = draw(None, "engines", "the engines")
-    device, fallback = find_reference_device(manifest), ""
+    device = find_reference_device(manifest)
     try:
-        reference, floor = draw_by_torch(device)
+        return draw_both(device, "")
     except MissingHardware as error:
         if device == "cpu":
             raise
-        device, fallback = "cpu", f"; {_TOO_SMALL_GPU} ({error.message})"
-        reference, floor = draw_by_torch(device)
+        return draw_both("cpu", f"; {_TOO_SMALL_GPU} ({error.message})")
+
+
+def judge_engines(
+    manifest: BundleManifest,
+    references: References,
+    engines: Drawing,
+    peer: Drawing | None = None,
+    budget: PictureBudget | None = None,
+) -> FidelityRecord:
+    """Judge what the engines drew; `peer` is what torch draws in bf16, `budget` stands for the limits of `LIMITS`."""
     progress.update("comparing the pictures", 0.0)
-    record = judge_drawings(manifest, scene, reference, engines, floor)
-    if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
-        peer = draw(_on(device, _TORCH_BF16), "torch-bf16", "torch bf16 (second hearing)")
-        record = judge_drawings(manifest, scene, reference, engines, floor, peer)
-    return record.model_copy(update={"reason": record.reason + fallback})
+    record = judge_drawings(manifest, references.scene, references.drawing, engines, references.floor, peer, budget)
+    return record.model_copy(update={"reason": record.reason + references.remark})
 
 
 def _on(device: Literal["cpu", "cuda"], settings: TorchSettings) -> TorchSettings:
@@ -144,11 +200,12 @@ def judge_drawings(
     engines: Drawing,
     floor: Drawing,
     peer: Drawing | None = None,
+    budget: PictureBudget | None = None,
 ) -> FidelityRecord:
     """Compare drawings of one scene and judge them. `peer` is what torch draws in bf16."""
     images = compare_drawings(scene, reference, engines, floor)
     heard = () if peer is None else compare_drawings(scene, reference, peer, floor)
-    limits = find_limits(images, least_precision(manifest), heard)
+    limits = find_limits(images, least_precision(manifest), heard) if budget is None else budget.limits()
     problems = [
         text
         for index, image in enumerate(images)

@@ -17,7 +17,7 @@ _GRAPH_LIMIT_BYTES = 2**31 - 1
 _ITEMSIZE_BITS = {
     onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16, onnx.TensorProto.INT64: 64,
     onnx.TensorProto.INT32: 32, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.BOOL: 8,
-    onnx.TensorProto.DOUBLE: 64,
+    onnx.TensorProto.DOUBLE: 64, onnx.TensorProto.FLOAT8E4M3FN: 8, onnx.TensorProto.INT4: 4,
 }  # fmt: skip
 
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
@@ -126,9 +126,10 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     if not all(_NUMBER.match(text) for text in numbers) or any(side < 0 for side in tensor.dims):
         raise UnsafeInputError(f"{path}: the place or shape of {tensor.name!r} is no plain number: {numbers}")
     offset, length = map(int, numbers)
-    expected = _ITEMSIZE_BITS.get(tensor.data_type, 0) // 8
+    bits = _ITEMSIZE_BITS.get(tensor.data_type, 0)
     for side in tensor.dims:
-        expected *= side
+        bits *= side
+    expected = -(-bits // 8)  # two INT4 numbers share a byte
     if length != expected:
         raise UnsafeInputError(
             f"{path}: the data of {tensor.name!r} should have {expected} bytes, not {length} at {offset}"

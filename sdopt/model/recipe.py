@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sdopt.errors import RecipeError, SdoptError, ShapeError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
-from sdopt.model.precision import Precision
+from sdopt.model.precision import DType, Precision
 from sdopt.model.shape import parse_sizes
 from sdopt.model.target import Runtime, Target, TargetField
 
@@ -72,6 +72,20 @@ def needs_gpu(backend: BackendSettings) -> bool:
     return False
 
 
+def graph_dtype(precision: Precision, backend: BackendSettings) -> DType:
+    """Float type of a graph's activations.
+
+    TensorRT takes its precision from the graph. CPU runtimes compute in bf16 on an fp32 graph, by a hint: none of them
+    takes a graph that is typed bf16.
+    """
+    match precision, backend:
+        case Precision.FP16, _:
+            return DType.FP16
+        case Precision.BF16, TensorRTSettings():
+            return DType.BF16
+    return DType.FP32
+
+
 class VerifySettings(_Frozen):
     """How the fidelity verdict is reached. Empty `prompts` takes those of the model's card, or the package's own."""
 
@@ -83,6 +97,10 @@ class VerifySettings(_Frozen):
     steps: int = Field(default=10, ge=1, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     guidance_scale: float = Field(default=5.0, ge=0.0, le=100.0)
+    max_psnr_loss: float = Field(default=25.0, ge=0.0, le=100.0)
+    """dB that pictures of quantised engines may be farther from torch's than those of the 16-bit engines."""
+    min_ssim: float = Field(default=0.9, ge=0.0, le=1.0)
+    """Least SSIM of a picture of quantised engines against torch's."""
 
 
 class BuildRecipe(_Frozen):
@@ -92,6 +110,10 @@ class BuildRecipe(_Frozen):
     target: TargetField = Target(Runtime.CPU)
     precision: Precision = Precision.AUTO
     component_precision: dict[ComponentName, Precision] = Field(default_factory=dict)
+    quantization: str = ""
+    """What to quantise: a file of `configs/quantization` by name, or a path. `int8` and `fp8` as precision imply it."""
+    require_quantized: bool = False
+    """Refuse a bundle in which no block is quantised, because none pays."""
     size: str = ""
     """WIDTHxHEIGHT in pixels, several with commas, a range with `..`; empty takes the model's own size."""
     batch: int = 1
@@ -132,8 +154,23 @@ class BuildRecipe(_Frozen):
             parse_bytes(text)
         return text
 
+    @field_validator("component_precision")
+    @classmethod
+    def _component_precision(cls, table: dict[ComponentName, Precision]) -> dict[ComponentName, Precision]:
+        for name, precision in table.items():
+            if precision.is_quantized:
+                raise ValueError(f"{name}: a quantization file says which components become {precision}")
+        return table
+
     def precision_of(self, name: ComponentName) -> Precision:
-        return self.component_precision.get(name, self.precision)
+        """What a component computes in where it is not quantised."""
+        precision = self.component_precision.get(name, self.precision)
+        return Precision.AUTO if precision.is_quantized else precision
+
+    @property
+    def quantization_file(self) -> str:
+        """Name or path of the quantization file; empty where nothing is to be quantised."""
+        return self.quantization or (self.precision.value if self.precision.is_quantized else "")
 
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\Z")

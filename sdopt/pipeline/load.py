@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ import diffusers
 from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents, bundle_profiles
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config, read_manifest
+from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.model.component import ComponentName
@@ -48,9 +49,13 @@ def load_pipeline(
 
 
 def component_files(
-    folder: Path, manifest: BundleManifest, name: ComponentName, plans: tuple[PlanRecord, ...] = ()
-) -> ComponentFiles:
-    """One component of a bundle, as a backend opens it. `plans` are those of it that this machine runs."""
+    folder: Path, manifest: BundleManifest, name: ComponentName, plans: tuple[PlanRecord, ...] = (),
+    origin: Mapping[str, TensorRef] | None = None,
+) -> ComponentFiles:  # fmt: skip
+    """One component of a bundle, as a backend opens it.
+
+    `plans` are those of it that this machine runs, `origin` the checkpoint's tensors where torch opens a quantised one.
+    """
     return ComponentFiles(
         folder=folder / name,
         spec=manifest.components[name].spec,
@@ -59,6 +64,7 @@ def component_files(
         extents=bundle_extents(folder, manifest),
         plans=plans,
         profiles=bundle_profiles(folder, manifest),
+        origin=origin,
         plan_digests={plan.file: manifest.files[plan.file].sha256 for plan in plans if plan.file in manifest.files},
     )
 

@@ -10,7 +10,7 @@ import pytest
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
 from sdopt.artifacts.store import Store
 from sdopt.build import judge as judge_module
-from sdopt.build.judge import judge
+from sdopt.build.judge import PictureJudge, judge
 from sdopt.build.staging import Staging
 from sdopt.fidelity import verdict as verdict_module
 from tests.planted_plans import make_machine, make_plan, with_plans
@@ -42,7 +42,7 @@ def test_a_verdict_counts_for_the_device_that_torch_drew_on(tmp_path: Path, monk
         ("cuda", newer, 3),
     ):
         monkeypatch.setattr(judge_module, "find_reference_device", lambda manifest, device=device: device)
-        assert judge(draft.model_copy(update={"environment": environment}), store, staging) == PASS
+        assert judge(draft.model_copy(update={"environment": environment}), PictureJudge(store, staging)) == PASS
         assert judged == count
 
 
@@ -69,7 +69,7 @@ def test_engines_are_drawn_where_they_run_and_their_graphs_elsewhere(
         return PASS
 
     monkeypatch.setattr(verdict_module, "judge_fidelity", judge_fidelity)
-    record = judge(draft, store, staging, make_machine(generation))
+    record = judge(draft, PictureJudge(store, staging, make_machine(generation)))
     assert record.verdict is verdict
     assert said in record.reason
     assert drawn == (["tensorrt-rtx"] if verdict is Verdict.PASS else ["onnxruntime"])
@@ -88,5 +88,5 @@ def test_a_verdict_counts_for_the_plans_that_drew(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(verdict_module, "judge_fidelity", judge_fidelity)
     for digit in "aab":
         files = {"unet/sm89.plan": FileRecord(sha256=digit * 64, size_bytes=1)}
-        judge(made.model_copy(update={"files": files}), store, staging)
+        judge(made.model_copy(update={"files": files}), PictureJudge(store, staging))
     assert judged == ["a", "b"]

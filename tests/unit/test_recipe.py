@@ -118,7 +118,9 @@ recipes = st.builds(
     BuildRecipe,
     source=texts.filter(bool), precision=st.sampled_from(Precision),
     target=st.sampled_from([*map(Target, Runtime), Target(Runtime.RTX, ("sm86", "sm89"))]),
-    component_precision=st.dictionaries(st.sampled_from(ComponentName), st.sampled_from(Precision)),
+    component_precision=st.dictionaries(
+        st.sampled_from(ComponentName), st.sampled_from([p for p in Precision if not p.is_quantized])
+    ),
     size=st.sampled_from(["", "64x128", "64x64..96x128", "64x64,64x96"]), batch=st.integers(1, 64),
     tokens=st.sampled_from([77, 231]), require_fused=st.booleans(), max_memory=st.sampled_from(["", "12GiB"]),
     dynamic=st.booleans(),

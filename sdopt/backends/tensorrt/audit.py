@@ -2,21 +2,24 @@
 
 Without a GPU no inspector can look into a plan, so the evidence is: the layers of the network that the builder was
 given, the builder's promise (attention that may not be decomposed has a dedicated kernel, or the build fails), and the
-bytes of the plan, which must hold the weights of the graph and must not be full of zeros.
+bytes of the plan, which must hold the weights of the graph and must not be full of zeros. Which kernels took quantised
+operands is read from the plan's own text where there is one (`plan_text.py`), and shown, not judged.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdopt.artifacts.manifest import PlanAudit
 from sdopt.backends.tensorrt.library import Kind
+from sdopt.backends.tensorrt.quantized import QuantizedLayers
 from sdopt.errors import AuditError
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import Scheme
 
 # A plan holds each weight once, plus layers and kernels; text position tables and the like may be folded away.
 _LEAST_BYTES_SHARE = 0.9
@@ -35,28 +38,51 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 @dataclass(frozen=True)
 class NetworkAudit:
-    """What a network says of itself before it is built. `softmax` are the names of attention written out."""
+    """What a network says of itself before it is built. `softmax` are the names of attention written out.
+
+    `quantized` has the node and the scheme of each layer that is quantised as was asked for; `unquantized` names the
+    others that were asked for, with what they are instead.
+    """
 
     attention_native: int
     attention_fused: bool
     compute_layers: dict[str, int]
     other_precision: tuple[str, ...]
     softmax: tuple[str, ...]
+    quantized: dict[str, tuple[str, Scheme]] = field(default_factory=dict)
+    unquantized: tuple[str, ...] = ()
 
 
-def audit_network(network: Any, library: Any, precision: Precision) -> NetworkAudit:
-    """Count attention and precision layer by layer. A layer computes in the type of its first input."""
+def audit_network(
+    network: Any, library: Any, precision: Precision, wanted: Mapping[str, Scheme] | None = None
+) -> NetworkAudit:
+    """Count attention and precision layer by layer. A layer computes in the type of its first input, and a quantised
+    layer is counted by its scheme. `wanted` are the layers that were to be quantised: what else is, is not as asked.
+    """
+    wanted = wanted or {}
+    layers = list(_layers(network))
+    quantized_layers = QuantizedLayers(layers)
     counts: Counter[str] = Counter()
     other: list[str] = []
     softmax: list[str] = []
-    for layer in _layers(network):
+    quantized: dict[str, tuple[str, Scheme]] = {}
+    instead: dict[str, str] = {}
+    for layer in layers:
         kind = layer.type.name
         if kind == "SOFTMAX":
             softmax.append(_name_of(layer))
+        seen = quantized_layers.look_at(layer)
+        if seen is not None:
+            if seen.name not in wanted:
+                other.append(f"{_name_of(layer)} ({seen.text})")
+            elif seen.scheme is wanted[seen.name]:
+                quantized[seen.name] = _name_of(layer), seen.scheme
+            else:
+                instead[seen.name] = seen.text
         if kind not in _COMPUTE:
             continue
         found = _PRECISIONS.get(layer.get_input(0).dtype.name, layer.get_input(0).dtype.name.lower())
-        counts[f"{_COMPUTE[kind]} {found}"] += 1
+        counts[f"{_COMPUTE[kind]} {seen.text if seen else found}"] += 1
         if found != precision:
             other.append(f"{_name_of(layer)} ({found})")
     attention = list(_attention(network, library))
@@ -66,6 +92,12 @@ def audit_network(network: Any, library: Any, precision: Precision) -> NetworkAu
         compute_layers=dict(sorted(counts.items())),
         other_precision=tuple(other),
         softmax=tuple(softmax),
+        quantized=quantized,
+        unquantized=tuple(
+            f"{name} ({instead.get(name, 'not quantised')}, not {scheme})"
+            for name, scheme in wanted.items()
+            if name not in quantized
+        ),
     )
 
 
@@ -99,6 +131,13 @@ def judge_plan(
         raise AuditError(
             f"the plan of {component} lost weights: of {audit.weights_sampled} that were looked for in it, "
             f"{audit.weights_found} are there",
+            hint=_REPORT,
+        )
+    if network.unquantized:
+        count = len(network.unquantized) + len(network.quantized)
+        raise AuditError(
+            f"{component} was to have {count} quantised layers, and {len(network.unquantized)} of them are otherwise: "
+            f"{_list_names(network.unquantized)}",
             hint=_REPORT,
         )
     if audit.other_precision:

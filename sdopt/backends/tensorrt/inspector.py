@@ -33,4 +33,9 @@ def count_attention_kernels(information: str) -> int | None:
     layers = json.loads(information).get("Layers", [])
     if not all(isinstance(layer, dict) for layer in layers):
         return None
-    return sum(any(_ATTENTION.search(str(layer.get(key, ""))) for key in _NAMES) for layer in layers)
+    return sum(any(is_attention(str(layer.get(key, ""))) for key in _NAMES) for layer in layers)
+
+
+def is_attention(kernel: str) -> bool:
+    """Whether a kernel of this name computes a whole attention layer."""
+    return _ATTENTION.search(kernel) is not None

@@ -2,14 +2,15 @@
 
 A plan holds most weights as the graph has them, or with the axes of a matrix or of a convolution in another order.
 Those that another operation was folded into (attention's scale goes into the projections of queries and keys) are not
-found; so a share is judged, not each. TensorRT-RTX compiles where it runs and keeps weights plain; general TensorRT may
-rearrange them for its kernels, and is not judged by this.
+found; so a share is judged, not each. Quantised weights stay in their few bits, because a kernel or the plan's own
+program widens them, and nothing is folded into them. TensorRT-RTX compiles where it runs and keeps weights plain;
+general TensorRT may rearrange them for its kernels, and is not judged by this.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,18 @@ import onnx
 
 _SAMPLES = 16
 _WINDOW_ELEMENTS = 24
+# Of numbers of one byte or less: as many bytes as tell one weight from another.
+_WINDOW_ELEMENTS_8BIT, _WINDOW_ELEMENTS_4BIT = 32, 48
 # A window with fewer different bytes (zeros, ones of a norm) could be anywhere.
 _LEAST_DISTINCT_BYTES = 12
 _WORD_BYTES = 8
 _NUMPY: dict[int, type[np.generic]] = {
     onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.BFLOAT16: np.uint16,
-    onnx.TensorProto.INT8: np.int8,
+    onnx.TensorProto.INT8: np.uint8, onnx.TensorProto.FLOAT8E4M3FN: np.uint8, onnx.TensorProto.INT4: np.uint8,
+}  # fmt: skip
+_WINDOWS = {
+    onnx.TensorProto.INT8: _WINDOW_ELEMENTS_8BIT, onnx.TensorProto.FLOAT8E4M3FN: _WINDOW_ELEMENTS_8BIT,
+    onnx.TensorProto.INT4: _WINDOW_ELEMENTS_4BIT,
 }  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -40,6 +47,11 @@ class WeightRange:
     shape: tuple[int, ...]
     is_widened: bool = False
     """The graph casts it to fp32, which the plan may have done."""
+
+    @property
+    def window(self) -> int:
+        """How many of its numbers are looked for."""
+        return _WINDOWS.get(self.data_type, _WINDOW_ELEMENTS)
 
 
 class WeightSearch:
@@ -75,14 +87,17 @@ class WeightSearch:
         for name, patterns in self._wanted.items():
             for pattern in patterns:
                 by_beginning.setdefault(int.from_bytes(pattern[:2], "little"), []).append((name, pattern))
-        is_beginning = np.zeros(1 << 16, np.bool_)
-        is_beginning[list(by_beginning)] = True
         words = (len(piece) - start) // _WORD_BYTES
         if words <= 0:
             return set()
-        beginnings = np.frombuffer(piece, "<u2", words * 4, start)[::4]
+        halves = np.frombuffer(piece, "<u2", words * 4, start)
+        beginnings, seconds = halves[::4], halves[1::4]
+        places = np.flatnonzero(_is_one_of(by_beginning)[beginnings])
+        # Few numbers of eight bits are common, and so are pairs of them.
+        second = {int.from_bytes(pattern[2:4], "little") for each in by_beginning.values() for _, pattern in each}
+        places = places[_is_one_of(second)[seconds[places]]]
         hits: set[str] = set()
-        for index in np.flatnonzero(is_beginning[beginnings]):
+        for index in places:
             place = start + int(index) * _WORD_BYTES
             hits |= {name for name, p in by_beginning[int(beginnings[index])] if piece.startswith(p, place)}
         return hits
@@ -96,9 +111,16 @@ class WeightSearch:
         }
 
 
+def _is_one_of(numbers: Iterable[int]) -> Array:
+    """Of each number of 16 bits, whether it is among these."""
+    table = np.zeros(1 << 16, np.bool_)
+    table[list(numbers)] = True
+    return table
+
+
 def _pick(weights: Sequence[WeightRange]) -> list[WeightRange]:
     """Matrices and kernels, spread evenly over all of their bytes."""
-    large = [w for w in weights if len(w.shape) >= 2 and w.data_type in _NUMPY and min(w.shape[:2]) >= _WINDOW_ELEMENTS]
+    large = [w for w in weights if len(w.shape) >= 2 and w.data_type in _NUMPY and min(w.shape[:2]) >= w.window]
     ends = np.cumsum([w.length for w in large])
     if not large:
         return []
@@ -111,11 +133,16 @@ def _patterns(weight: WeightRange, data: Array) -> Iterator[bytes]:
 
     Matrices lie as they are or transposed; kernels [out, in, y, x] as they are, with their channels last, or reversed.
     """
-    raw = data[weight.offset : weight.offset + weight.length].view(_NUMPY[weight.data_type]).reshape(weight.shape)
+    raw = data[weight.offset : weight.offset + weight.length].view(_NUMPY[weight.data_type])
+    if weight.data_type == onnx.TensorProto.INT4:
+        raw = np.stack([raw & 15, raw >> 4], axis=-1)  # the first of two numbers is in the low bits
+    raw = raw.reshape(weight.shape)
     columns = raw.reshape(len(raw), -1)
-    rows = [columns[0, :_WINDOW_ELEMENTS], columns[:_WINDOW_ELEMENTS, 0]]
+    rows = [columns[0, : weight.window], columns[: weight.window, 0]]
     if raw.ndim > 2:
-        rows.append(raw[0].reshape(raw.shape[1], -1)[:_WINDOW_ELEMENTS, 0])
+        rows.append(raw[0].reshape(raw.shape[1], -1)[: weight.window, 0])
+    if weight.data_type == onnx.TensorProto.INT4:
+        rows = [row[::2] | row[1::2] << 4 for row in rows]
     for row in dict.fromkeys(row.tobytes() for row in rows):
         for pattern in _widths(row, weight):
             if len(set(pattern)) >= _LEAST_DISTINCT_BYTES:

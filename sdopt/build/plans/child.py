@@ -6,7 +6,7 @@ import mmap
 import resource
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from sdopt.errors import AuditError
 from sdopt.isolation import JsonTable
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import Scheme
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PlanJob:
     """One plan, as it crosses to the child in JSON.
 
     `profiles` has a table of (min, opt, max) shapes by input for each optimisation profile. `attention_layers` are
-    those of torch; `native` says that the graph has one attention node for each of them.
+    those of torch; `native` says that the graph has one attention node for each of them. `quantized` has the scheme of
+    each layer that the graph has quantised, by its name in torch: no other may be.
     """
 
     kind: Literal["tensorrt-rtx", "tensorrt"]
@@ -57,6 +59,7 @@ class PlanJob:
     rung: Rung
     memory_limit_bytes: int | None
     timing_cache: Path | None
+    quantized: dict[str, Scheme] = field(default_factory=dict)
 
 
 JOB = TypeAdapter(PlanJob)
@@ -94,6 +97,7 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     from sdopt.backends.tensorrt.inspector import inspect_attention
     from sdopt.backends.tensorrt.library import load_library
     from sdopt.backends.tensorrt.network import parse_graph
+    from sdopt.backends.tensorrt.plan_text import count_kernels, find_widened, read_kernels
     from sdopt.graph.audit import check_graph_file
     from sdopt.graph.scalars import lift_scalars
 
@@ -119,7 +123,8 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
         if 2 * parsed.search.found < parsed.search.sampled:
             with job.output.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 parsed.search.search_everywhere(data)
-        network = audit_network(parsed.network, library, job.precision)
+        network = audit_network(parsed.network, library, job.precision, job.quantized)
+        kernels = read_kernels(job.output) if job.kind == "tensorrt-rtx" else ()
         audit = PlanAudit(
             attention_layers=job.attention_layers, attention_native=network.attention_native,
             attention_fused=network.attention_fused, compute_layers=network.compute_layers,
@@ -127,6 +132,8 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
             zero_share=round(built.zero_share, 6), weights_zero_share=round(parsed.weights_zero_share, 6),
             weights_sampled=parsed.search.sampled, weights_found=parsed.search.found,
             fused_kernels=inspect_attention(library, job.output) if _is_for_this_gpu(job) else None,
+            quantized_layers=len(network.quantized), kernels=count_kernels(kernels),
+            widened_layers=find_widened(kernels, network.quantized),
         )  # fmt: skip
         judge_plan(
             job.kind, job.component, audit, network, job.precision, require_fused=job.require_fused, native=job.native

@@ -200,7 +200,7 @@ def _describe_job(shop: _Workshop, wanted: WantedPlan, rung: Rung, output: Path)
         profiles=tuple(dict(table) for table in input_shapes(part.spec, wanted.profile, pixels_per_latent(plan))),
         attention_layers=shop.audits[name].attention_layers, native=plan.recipe.dialect is Dialect.NATIVE_ATTENTION,
         require_fused=plan.recipe.require_fused, rung=rung, memory_limit_bytes=limit_bytes,
-        timing_cache=_timing_cache(shop, wanted.generation),
+        timing_cache=_timing_cache(shop, wanted.generation), quantized=dict(part.quantized),
     )  # fmt: skip
 
 

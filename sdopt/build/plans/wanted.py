@@ -11,14 +11,20 @@ from sdopt.artifacts.gpu import find_gpus
 from sdopt.artifacts.machine import describe_system, find_version
 from sdopt.artifacts.manifest import FileRecord, PlanFlavour
 from sdopt.build.resolve import BuildPlan
-from sdopt.errors import MissingHardware, UsageError
+from sdopt.errors import MissingHardware, RecipeError, UsageError
 from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
+from sdopt.model.precision import Precision
+from sdopt.model.quantization import Scheme
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
 from sdopt.model.target import PORTABLE, Runtime
 
 # A build holds two copies of the weights beside the library and its working memory: `build_peak_bytes` and
 # `weights_bytes` of the plans in benchmarks/reports/plans-sd15.json and plans-sdxl.json.
 _COPIES, _FIXED_BYTES = 2.1, 400_000_000
+
+# The first compute capability with kernels for a scheme; TensorRT-RTX 1.7 refuses to build for an earlier one.
+_FIRST_GENERATIONS = {Scheme.FP8: 89, Scheme.INT4_WEIGHTS: 80}
+_FIRST_PORTABLE = 80
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input."""
@@ -50,6 +56,7 @@ def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) ->
                     {"graph": part.architecture, "weights": weights[name].sha256, "shapes": shape,
                      "kind": part.backend.kind, "version": library_version(plan), "generation": generation,
                      "system": describe_system(), "require_fused": plan.recipe.require_fused}
+                    | ({"quantized": dict(part.quantized)} if part.quantized else {})
                 )  # fmt: skip
                 wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key))
     return wanted
@@ -75,6 +82,7 @@ def require_builder(plan: BuildPlan) -> None:
 
     `MissingDependency`, `MissingHardware`, or `UsageError` that names what the library can build for.
     """
+    require_types(plan)
     from sdopt.backends.tensorrt.library import buildable_generations, load_library
 
     kind = _kind(plan)
@@ -85,6 +93,30 @@ def require_builder(plan: BuildPlan) -> None:
                 f"TensorRT-RTX {library.__version__} cannot build for {generation}",
                 hint=f"it builds for {', '.join(known)}, and --target rtx makes one plan for Ampere and later",
             )
+
+
+def require_types(plan: BuildPlan) -> None:
+    """Raise where a GPU generation of the plans has no such quantised type, by its name.
+
+    `RecipeError` for a generation that was asked for, `MissingHardware` for that of the GPU in this machine.
+    """
+    schemes = _wanted_schemes(plan)
+    for generation in generations(plan):
+        number = _FIRST_PORTABLE if generation == PORTABLE else int(generation.removeprefix("sm"))
+        for scheme, first in _FIRST_GENERATIONS.items():
+            if scheme in schemes and number < first:
+                kind = scheme.value.partition("-")[0].upper()
+                what = "a plan for Ampere and all later" if generation == PORTABLE else generation
+                message = f"{what} has no {kind}: {kind} needs sm{first} and later"
+                if plan.recipe.target.runtime is Runtime.TENSORRT:
+                    raise MissingHardware(message, hint="INT8 runs on every GPU that TensorRT knows: --precision int8")
+                raise RecipeError(message, hint=f"--target rtx:sm{first}, or --precision int8, which needs no such GPU")
+
+
+def _wanted_schemes(plan: BuildPlan) -> set[Scheme]:
+    parts = {} if plan.quantization is None else plan.quantization.components
+    schemes = {part.scheme for name, part in parts.items() if name in plan.components}
+    return schemes | ({Scheme.FP8} if plan.recipe.precision is Precision.FP8 else set())
 
 
 def _kind(plan: BuildPlan) -> PlanFlavour:

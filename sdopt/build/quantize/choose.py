@@ -1,0 +1,125 @@
+"""Which groups of layers stay quantised. Pure decisions: what is measured comes in as a function.
+
+Each group is tried alone: one that is no faster, or whose error the component's output does not bear, is out. What is
+left is put together, the least harm for its gain first, as far as the output bears it. Errors of independent roundings
+add up in quadrature, so that sum picks the first set to try; what decides is the measurement of the set itself, which
+has to be faster beyond doubt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sdopt.artifacts.manifest import SpeedupRecord
+from sdopt.model.quantization import Scheme
+
+LEAST_GAIN = 1.02
+"""What the whole component has to gain in speed: less is no difference."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A component with some groups quantised, against its 16-bit engine.
+
+    `error` is |a-b|/|b| of its outputs on held-out inputs, against torch fp32. `speedup` is None where the engine does
+    not run on this machine; `slower_ns` is what a run takes longer. `float_layers` are those of the quantised layers
+    that the engine does not compute in 8 bits.
+    """
+
+    error: float
+    speedup: SpeedupRecord | None = None
+    slower_ns: float = 0.0
+    float_layers: int = 0
+
+
+Measure = Callable[[tuple[str, ...]], Measurement]
+
+
+@dataclass(frozen=True)
+class GroupVerdict:
+    """`reason` says why a group stays in 16 bits, and is empty for one that is quantised."""
+
+    measured: Measurement
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Verdict on each group, and the measurement of all that is kept together; None where nothing is."""
+
+    groups: dict[str, GroupVerdict]
+    together: Measurement | None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return tuple(name for name, verdict in self.groups.items() if not verdict.reason)
+
+
+def choose_groups(groups: Mapping[str, Scheme], measure: Measure, *, error_limit: float, slack_ns: float) -> Outcome:
+    """Decide on every group. `slack_ns` is how much longer a run may take where weights alone are quantised."""
+    verdicts: dict[str, GroupVerdict] = {}
+    for name, scheme in groups.items():
+        measured = measure((name,))
+        verdicts[name] = GroupVerdict(measured, _find_fault(scheme, measured, error_limit, slack_ns))
+    kept = sorted((n for n, v in verdicts.items() if not v.reason), key=lambda name: harm_of(verdicts[name].measured))
+    while kept and math.hypot(*(verdicts[name].measured.error for name in kept)) > error_limit:
+        _drop(verdicts, kept.pop(), error_limit)
+    together = None
+    while kept:
+        together = measure(tuple(name for name in groups if name in kept))
+        if together.error <= error_limit:
+            break
+        _drop(verdicts, kept.pop(), error_limit)
+        together = None
+    if together is not None and (reason := find_loss(groups[kept[0]], together, slack_ns)):
+        for name in kept:
+            verdicts[name] = GroupVerdict(verdicts[name].measured, reason)
+        together = None
+    return Outcome(verdicts, together)
+
+
+def harm_of(measured: Measurement) -> float:
+    """Error in quadrature for the time that it buys."""
+    speedup = measured.speedup
+    gain = 1.0 if speedup is None else max(1 - 1 / speedup.value, 1e-6)
+    return measured.error**2 / gain
+
+
+def _drop(verdicts: dict[str, GroupVerdict], name: str, error_limit: float) -> None:
+    measured = verdicts[name].measured
+    reason = f"with the others, the error would pass {error_limit:.1%}, and this adds {measured.error:.1%}"
+    verdicts[name] = GroupVerdict(measured, reason)
+
+
+def _find_fault(scheme: Scheme, measured: Measurement, error_limit: float, slack_ns: float) -> str:
+    # A NaN compares false with everything.
+    if not measured.error <= error_limit:
+        return f"error {measured.error:.1%} alone, above {error_limit:.1%}"
+    if scheme.quantizes_activations and measured.float_layers:
+        return f"{measured.float_layers} of its layers would not compute in 8 bits"
+    speedup = measured.speedup
+    if speedup is None:
+        return ""
+    if scheme.quantizes_activations and speedup.value <= 1.0:
+        return f"{'slower' if speedup.high < 1.0 else 'no faster'}: {_format(speedup)}"
+    if not scheme.quantizes_activations and measured.slower_ns > slack_ns:
+        return f"slower by {measured.slower_ns / 1e6:.1f} ms, of which {slack_ns / 1e6:.1f} ms are borne"
+    return ""
+
+
+def find_loss(scheme: Scheme, together: Measurement, slack_ns: float) -> str:
+    """Why groups that are quantised together do not pay; empty where they do."""
+    speedup = together.speedup
+    if speedup is None:
+        return ""
+    if scheme.quantizes_activations and not (speedup.low > 1.0 and speedup.value >= LEAST_GAIN):
+        return f"all together are not faster: {_format(speedup)}"
+    if not scheme.quantizes_activations and together.slower_ns > slack_ns:
+        return f"all together are slower by {together.slower_ns / 1e6:.1f} ms"
+    return ""
+
+
+def _format(speedup: SpeedupRecord) -> str:
+    return f"{speedup.value:.2f} times as fast ({speedup.low:.2f} to {speedup.high:.2f})"
