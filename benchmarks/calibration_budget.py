@@ -5,7 +5,8 @@
 
 What ships as `int8` is calibrated on sixteen steps of denoising at 512x512, four trajectories of four steps, and judged
 on two held-out trajectories more. "trajectories" draws all six by torch in fp32, and runs the VAE's two networks after
-each; "scales" runs the UNet on the sixteen recorded inputs once more, while what its layers are given is counted.
+the held-out ones; "scales" runs the UNet on the sixteen recorded inputs once more, while what its layers are given is
+counted.
 
 Both rows are fresh processes; the store has no trajectory when the first begins. Memory is the sum of the resident
 memory of the process and its child, sampled every 50 ms. The checkpoint has random weights, and its bundle is made
@@ -92,7 +93,7 @@ def measure_rows(bundle: Path, scales: str) -> list[Row]:
         shutil.rmtree(cache_root() / "store" / stage, ignore_errors=True)
     this, rows = [sys.executable, str(Path(__file__).resolve()), "--scales", scales], []
     for case, step in (
-        ("trajectories: 24 steps, 6 pictures", "trajectories"),
+        ("trajectories: 24 steps, 2 pictures", "trajectories"),
         (f"scales: 16 steps, {scales}", "scales"),
     ):
         rows.append(Row(f"sd15: {case}", *measure([*this, "--only", step, "--bundle", str(bundle)], cache_root()),

@@ -6,6 +6,8 @@ for training, and how a picture is judged. The judge reads pixels alone: it know
 the same counts compare a checkpoint with its quantised or compiled self. Only the command needs torch.
 
     python scripts/tiny_shapes_check.py sdopt/assets/tiny-shapes --prompts 500 --seed 5 --json out.json
+
+A bundle takes as many pictures at a time as it was built for: `--batch 1`, where it was built with the default.
 """
 
 import json
@@ -14,11 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 IMAGE_PX = 64
 COLOURS = {
@@ -286,17 +292,30 @@ def _mask_outline(shape: str, radius: float) -> Mask:
     return np.asarray(image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX)) > 127
 
 
+def open_pipeline(folder: Path) -> "DiffusionPipeline":
+    """A checkpoint in torch and float32, or a bundle with its engines."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+
+    import sdopt
+
+    if (folder / "bundle.json").is_file():
+        pipe = sdopt.load(folder)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def draw_with_model(folder: Path, prompts: Sequence[str], seed: int, batch: int) -> Iterator[Pixels]:
-    """Draw each prompt with 20 Euler steps at guidance 4 in float32, `uint8 [64, 64, 3]` each.
+    """Draw each prompt with 20 Euler steps at guidance 4, `uint8 [64, 64, 3]` each.
 
     The noise of prompt `i` is seeded by `seed + i`: the pictures do not depend on the batch size.
     """
     import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(folder)
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
         seeds = range(seed + start, seed + start + len(chunk))

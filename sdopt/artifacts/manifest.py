@@ -21,7 +21,7 @@ from sdopt.model.quantization import CalibrationSettings, ComponentQuantization,
 from sdopt.model.recipe import BackendSettings, BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "bundle.json"
 _LIMIT_BYTES = 16 << 20
 
@@ -100,6 +100,9 @@ class PlanAudit(_Record):
     """Of the sampled weights, those that lie in the plan byte for byte; some are folded with what follows them."""
     quantized_layers: int = 0
     """Of the network, in the schemes that were asked for; a plan in which one of them is otherwise is refused."""
+    quantized_sampled: int = 0
+    """Of the sampled weights, those that are quantised."""
+    quantized_found: int = 0
     kernels: dict[str, int] = Field(default_factory=dict)
     """Of the plan, by kind and operands, as in `matmul int8` or `matmul fp16 x int8`; empty where no plan says it."""
     widened_layers: tuple[str, ...] = ()
@@ -155,7 +158,8 @@ class BlockRecord(_Record):
     error: float
     """|a-b|/|b| of the component's outputs on held-out inputs, against torch fp32."""
     speedup: SpeedupRecord | None
-    """Of the component with this group alone; null where its engine does not run on the machine that built it."""
+    """Of the component with this group alone; null where it was not timed: its engine does not run on the machine that
+    built it, or was not asked to."""
 
 
 class QuantizationRecord(_Record):
@@ -277,7 +281,7 @@ class EnvironmentRecord(_Record):
 
 
 class BundleManifest(_Record):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     name: str
     created_utc: str
     family: Family
@@ -323,6 +327,8 @@ def read_manifest(folder: Path) -> BundleManifest:
         )
     if version == 1:
         values = _migrate_1(values)
+    if version in (1, 2):
+        values = {**values, "schema_version": 3}  # which added quantisation, and took nothing away
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -340,7 +346,7 @@ def read_manifest(folder: Path) -> BundleManifest:
 def _migrate_1(values: dict[str, Any]) -> dict[str, Any]:
     """Schema 1 knew one profile and no plans."""
     profiles = [values["profile"]] if "profile" in values else []
-    return {**values, "schema_version": 2, "profiles": profiles}
+    return {**values, "profiles": profiles}
 
 
 def write_manifest(folder: Path, manifest: BundleManifest) -> None:

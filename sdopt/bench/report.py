@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdopt.artifacts.files import write_file
-from sdopt.artifacts.manifest import EnvironmentRecord, ImageFidelity
+from sdopt.artifacts.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _LIMIT_BYTES = 256 << 20
 # The bookkeeping of an idle desktop takes less; a second program that computes takes ten times as much.
 NEIGHBOURS_ALLOWED_CORES = 0.1
@@ -68,6 +68,8 @@ class CaseRecord(_Record):
     steps: int
     guidance_scale: float
     scheduler: str = ""
+    quantization: dict[ComponentName, QuantizationRecord] = Field(default_factory=dict)
+    """What was tried on each component of the bundle, and what of it stayed."""
 
 
 class MethodRecord(_Record):
@@ -163,7 +165,7 @@ class CandidateRecord(_Record):
 
 
 class BenchReport(_Record):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     created_utc: str
     case: CaseRecord
     environment: EnvironmentRecord
@@ -200,7 +202,7 @@ def read_report(path: Path) -> BenchReport:
             f"{path} has schema {version}, and this sdopt reads up to {SCHEMA_VERSION}",
             hint="pip install --upgrade sdopt",
         )
-    if version == 1:  # before GPUs
+    if version in (1, 2):  # before GPUs, and before quantised blocks
         values = {**values, "schema_version": SCHEMA_VERSION}
     try:
         return BenchReport.model_validate_json(json.dumps(values))

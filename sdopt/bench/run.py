@@ -191,6 +191,7 @@ def _describe_case(folder: Path, manifest: BundleManifest, scene: Scene, schedul
     profile = manifest.profile
     return CaseRecord(
         bundle=manifest.name, digest=hash_file(folder / MANIFEST_NAME), family=manifest.family,
+        quantization={n: r.quantization for n, r in manifest.components.items() if r.quantization is not None},
         bundle_bytes=sum(file.size_bytes for file in manifest.files.values()),
         width_px=profile.width_px.opt, height_px=profile.height_px.opt, batch=profile.batch.min,
         prompts=scene.prompts, seed=scene.seed, steps=scene.steps, guidance_scale=scene.guidance_scale,

@@ -99,6 +99,7 @@ def make_card(manifest: BundleManifest) -> str:
         *(
             f"- {name}: {record.precision} on {record.backend.kind}, {record.audit.attention_nodes} attention nodes"
             + (f"; {record.precision_reason}" if record.precision_reason else "")
+            + (f"; {record.quantization.describe()}" if record.quantization else "")
             for name, record in manifest.components.items()
         ),
         f"- fidelity against torch fp32: **{manifest.fidelity.verdict}**. {manifest.fidelity.reason}",

@@ -20,7 +20,7 @@ from sdopt.build.staging import Staging
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, needs_gpu
+from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, needs_gpu
 from sdopt.pipeline.preflight import require_runnable
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class PictureJudge:
         base_psnr_db = tuple(image.psnr_db for image in base)
         self._references = references
         self._budget = verdict.PictureBudget(base_psnr_db, settings.max_psnr_loss, settings.min_ssim)
+
+    def drop_base(self) -> None:
+        """Judge what comes as any other bundle: nothing is quantised after all, and a budget has nothing to excuse."""
+        self._references = self._budget = None
 
     def judge(self, draft: BundleManifest) -> FidelityRecord:
         """The verdict on the engines, or on their graphs, from the store or by drawing."""
@@ -97,16 +101,26 @@ def judge(draft: BundleManifest, pictures: PictureJudge) -> FidelityRecord:
 
 def runnable_here(draft: BundleManifest, output: Path, machine: Machine | None) -> tuple[BundleManifest, str]:
     """(the manifest, nothing), or (one whose engines are a CPU runtime on the same graphs, why they cannot run)."""
+    obstacle = _find_obstacle(draft, output, machine)
+    if not obstacle:
+        return draft, ""
+    components = {name: stand_in(record) for name, record in draft.components.items()}
+    plans = {plan.file for record in draft.components.values() for plan in record.plans}
+    files = {name: record for name, record in draft.files.items() if name not in plans}
+    return draft.model_copy(update={"components": components, "files": files}), obstacle
+
+
+def _find_obstacle(draft: BundleManifest, output: Path, machine: Machine | None) -> str:
+    """Why the engines cannot run here though their graphs can; empty where they run."""
+    if any(isinstance(record.backend, TensorRTSettings) and not record.plans for record in draft.components.values()):
+        return "their plans are not built yet"
     try:
         require_runnable(output, draft, machine)
     except EnvironmentMissingError as error:
         if not any(needs_gpu(record.backend) for record in draft.components.values()):
             raise
-        components = {name: stand_in(record) for name, record in draft.components.items()}
-        plans = {plan.file for record in draft.components.values() for plan in record.plans}
-        files = {name: record for name, record in draft.files.items() if name not in plans}
-        return draft.model_copy(update={"components": components, "files": files}), error.message
-    return draft, ""
+        return error.message
+    return ""
 
 
 def stand_in(record: ComponentRecord) -> ComponentRecord:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--require-fused", is_flag=True, default=None, help="Refuse attention without a dedicated kernel.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory that building engines may take, as in 12GiB.")
 @click.option(
-    "--max-psnr-loss", metavar="DB", type=float, help="What quantised pictures may lose against 16 bits.  [default: 25]"
+    "--max-psnr-loss", metavar="DB", type=float, help="What quantised pictures may lose against 16 bits.  [default: 20]"
 )
 @click.option("--min-ssim", metavar="SSIM", type=float, help="Least likeness of quantised pictures.  [default: 0.9]")
 @click.option(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from pydantic import TypeAdapter
 
+from sdopt.artifacts.manifest import ComponentRecord, QuantizationRecord
 from sdopt.cli.text import neutralise
+from sdopt.model.component import ComponentName
 from sdopt.model.shape import ShapeProfile, describe_profiles
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()
@@ -31,6 +36,26 @@ def inspect(source: str, as_json: bool) -> None:
         console.print(f"  {key}: ", end="", style="cyan", markup=False)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         console.print(neutralise(text), markup=False)
+    if table["kind"] == "bundle":
+        _show_blocks(console, table)
+
+
+def _show_blocks(console: Console, table: dict[str, Any]) -> None:
+    """What was tried on each component, block by block, and why it stayed or did not."""
+    from rich.table import Table
+
+    records = TypeAdapter(dict[ComponentName, ComponentRecord]).validate_python(table["components"])
+    for name, record in records.items():
+        if (quantization := record.quantization) is None:
+            continue
+        rows = Table("block", "layers", "scheme", "kept", "error", "speed", "why not", title=f"{name}, block by block")
+        for block in quantization.blocks:
+            speed = "not timed" if block.speedup is None else f"{block.speedup.value:.2f}x"
+            rows.add_row(
+                block.name, str(block.layers), block.scheme, "yes" if block.quantized else "no", f"{block.error:.2%}",
+                speed, block.reason,
+            )  # fmt: skip
+        console.print(rows)
 
 
 def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +73,8 @@ def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:
             f"{part['precision']} on {part['backend']['kind']}; opset {audit['opset']}, {audit['nodes']} nodes, "
             f"attention {audit['attention_nodes']} of {audit['attention_layers']} fused; parity error {error}"
         )
+        if part["quantization"]:
+            summary[f"{name}, quantised"] = QuantizationRecord.model_validate(part["quantization"]).describe()
         for plan in {plan["file"]: plan for plan in part["plans"]}.values():
             summary[plan["file"]] = _summarise_plan(plan)
     summary["fidelity"] = f"{table['fidelity']['verdict']}. {table['fidelity']['reason']}"

@@ -53,6 +53,7 @@ from sdopt.fidelity.metrics import (
 )
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import TorchSettings
 
 REFERENCE = TorchSettings()
@@ -91,6 +92,9 @@ LIMITS = {
     Precision.FP32: Limit(50.0, 0.995),
     Precision.FP16: Limit(40.0, 0.98),
     Precision.BF16: Limit(40.0, 0.98),
+    # Of bundles whose 16-bit engines are not at hand: the default budget of a quantised one, from 50 dB down.
+    Precision.INT8: Limit(30.0, 0.9),
+    Precision.FP8: Limit(30.0, 0.9),
 }
 _LEAST_LIKENESS = Limit(15.0, 0.5)
 
@@ -228,7 +232,7 @@ def find_limits(
     heard.
     """
     limits = [LIMITS[precision].below(i.noise_floor_psnr_db, i.noise_floor_ssim, _FLOOR_MARGIN_DB) for i in images]
-    if not peer or precision is Precision.FP32:
+    if not peer or precision not in (Precision.BF16, Precision.FP16):
         return limits
     return [_hear(limit, image) for limit, image in zip(limits, peer, strict=True)]
 
@@ -243,6 +247,9 @@ def _hear(limit: Limit, peer: ImageFidelity) -> Limit:
 
 def least_precision(manifest: BundleManifest) -> Precision:
     """The coarsest arithmetic among the bundle's engines."""
+    kept = {r.quantization.settings.scheme for r in manifest.components.values() if r.quantization and r.is_quantized}
+    if kept:
+        return Precision.FP8 if kept == {Scheme.FP8} else Precision.INT8
     present = {record.precision for record in manifest.components.values()}
     return next((p for p in (Precision.BF16, Precision.FP16) if p in present), Precision.FP32)
 

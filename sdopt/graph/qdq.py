@@ -211,10 +211,11 @@ class _Inputs:
         quantized = _add_node(
             self._graph, "QuantizeLinear", [value, scale, zero], f"{name}.input_quantized", zero.dtype, {}, value.shape
         )
+        # Its zero point is 0 where none is said. ONNX Runtime 1.31 refuses a linear layer with a bias, of more than two
+        # axes, where one is: it moves the pair behind a Reshape of its own, and there takes the type for UINT8.
         return _add_node(
-            self._graph, "DequantizeLinear", [quantized, scale, zero], f"{name}.input_dequantized", dtype, {},
-            value.shape,
-        )  # fmt: skip
+            self._graph, "DequantizeLinear", [quantized, scale], f"{name}.input_dequantized", dtype, {}, value.shape
+        )
 
     def _zero(self, scheme: Scheme) -> ir.Value:
         """Without a zero point QuantizeLinear gives UINT8; its type says which type is wanted."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -68,7 +68,7 @@ class CalibrationSettings(_Frozen):
     held_out: int = Field(default=2, ge=1, le=64)
     """Further trajectories, of other prompts, that no scale is made of: errors are measured on their inputs."""
     steps: int = Field(default=4, ge=1, le=200)
-    guidance_scales: tuple[float, ...] = Field(default=(7.5, 4.0), min_length=1)
+    guidance_scales: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...] = Field(default=(7.5, 4.0), min_length=1)
     """Taken in turn, one for each trajectory."""
     seed: int = Field(default=1000, ge=0, lt=2**63)
     scales: Literal["max", "percentile", "entropy"] = "percentile"
@@ -114,6 +114,8 @@ class QuantizationSettings(_Frozen):
 
     components: dict[ComponentName, ComponentQuantization] = Field(min_length=1)
     calibration: CalibrationSettings = CalibrationSettings()
+    judge_speed: bool = True
+    """False keeps blocks whatever their speed here: for engines that will run on another machine."""
     held_out_error: float = Field(default=0.05, gt=0.0, le=1.0)
     """Largest relative error |a-b|/|b| of a component's outputs on held-out inputs, all its groups together."""
 

@@ -97,7 +97,7 @@ class VerifySettings(_Frozen):
     steps: int = Field(default=10, ge=1, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     guidance_scale: float = Field(default=5.0, ge=0.0, le=100.0)
-    max_psnr_loss: float = Field(default=25.0, ge=0.0, le=100.0)
+    max_psnr_loss: float = Field(default=20.0, ge=0.0, le=100.0)
     """dB that pictures of quantised engines may be farther from torch's than those of the 16-bit engines."""
     min_ssim: float = Field(default=0.9, ge=0.0, le=1.0)
     """Least SSIM of a picture of quantised engines against torch's."""

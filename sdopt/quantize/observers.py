@@ -39,11 +39,11 @@ class Largest:
         self.largest = 0.0
 
     def collect(self, values: Tensor) -> None:
-        low, high = torch.aminmax(values)
-        self._note(torch.maximum(high, -low))
+        self._note(values)
 
-    def _note(self, largest: Tensor) -> float:
-        found = _require_finite(self._layer, largest).item()
+    def _note(self, values: Tensor) -> float:
+        low, high = torch.aminmax(values)  # of the magnitudes would make a copy
+        found = _require_finite(self._layer, torch.maximum(high, -low)).item()
         self.largest = max(self.largest, found)
         return found
 
@@ -63,17 +63,18 @@ class Histogram(Largest):
         self.top = 0.0
 
     def collect(self, values: Tensor) -> None:
-        magnitudes = values.float().abs().flatten()
-        largest = self._note(magnitudes.max())
+        flat = values.float().flatten()
+        largest = self._note(flat)
         if not self.top:
             self.top = largest  # what there was before it were zeros, which lie in the first bin anyway
         if not self.top:
-            self.counts[0] += magnitudes.numel()
+            self.counts[0] += flat.numel()
             return
         while largest > self.top:
             self._widen()
-        for piece in torch.split(magnitudes, _VALUES_AT_ONCE):
-            self.counts += torch.histc(piece, bins=BINS, min=0, max=self.top).to(torch.int64)
+        for piece in torch.split(flat, _VALUES_AT_ONCE):
+            both = torch.histc(piece, bins=2 * BINS, min=-self.top, max=self.top).to(torch.int64)
+            self.counts += both[BINS:] + both[:BINS].flip(0)
 
     def _widen(self) -> None:
         halved = self.counts.reshape(-1, 2).sum(dim=1)

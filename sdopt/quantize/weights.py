@@ -102,12 +102,16 @@ def write_quantized(path: Path, layers: Mapping[str, QuantizedLayer], scale_dtyp
         _write_at(file.fileno(), 0, layout.header)
         for done, (name, layer) in enumerate(layers.items()):
             progress.update("quantising weights", done / len(layers))
-            stored, scale = quantize_weight(read_tensor(layer.weight), layer.scheme, dtype, layer.smooth)
+            # As it is stored: what multiplies the input is exactly what the weight is divided by.
+            smooth = None if layer.smooth is None else layer.smooth.to(dtype)
+            weight = read_tensor(layer.weight)
+            stored, scale = quantize_weight(weight, layer.scheme, dtype, smooth)
+            _require_usable(name, scale, f"its weights reach {weight.abs().max().item():g}")
             made = {f"{name}.weight": stored, f"{name}.weight_scale": scale}
             if layer.input_amax is not None:
                 made[f"{name}.input_scale"] = _input_scale(name, layer, dtype)
-            if layer.smooth is not None:
-                made[f"{name}.smooth"] = layer.smooth.to(dtype)
+            if smooth is not None:
+                made[f"{name}.smooth"] = smooth
             for key, tensor in made.items():
                 raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                 assert len(raw) == layout.tensors[key].nbytes
@@ -118,12 +122,17 @@ def write_quantized(path: Path, layers: Mapping[str, QuantizedLayer], scale_dtyp
 def _input_scale(name: str, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     assert layer.input_amax is not None
     scale = torch.tensor(layer.input_amax / layer.scheme.largest, dtype=torch.float64).to(dtype)
-    if not (bool(scale.isfinite()) and scale > 0):
+    _require_usable(name, scale, f"its inputs reach {layer.input_amax:g}")
+    return scale
+
+
+def _require_usable(name: str, scale: Tensor, reach: str) -> None:
+    usable = scale.isfinite() & (scale > 0)
+    if not bool(usable.all()):
         raise CalibrationError(
-            f"the layer {name!r} has no usable scale: its inputs reach {layer.input_amax}, which makes {scale.item()}",
+            f"the layer {name!r} has no usable scale: {reach}, which makes {scale[~usable].flatten()[0].item()}",
             hint="keep it in 16 bits: name it under `keep` in the quantization file",
         )
-    return scale
 
 
 def _write_at(descriptor: int, offset: int, data: bytes) -> None:

@@ -41,7 +41,7 @@ def test_raw_samples_are_stored_and_statistics_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 3}, "has schema 3"),
+        ({"schema_version": 4}, "has schema 4"),
         ({"extra": 1}, "extra"),
         ({"candidates": []}, "candidates"),
         ({"case": {}}, "case"),
@@ -78,12 +78,14 @@ def test_samples_are_grouped_by_process() -> None:
     assert engines.samples_of(Stage.VAE_ENCODER) == ()
 
 
-def test_a_report_of_before_gpus_is_read(tmp_path: Path) -> None:
-    values = json.loads(make_report().to_json()) | {"schema_version": 1}
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_report_of_an_older_schema_is_read(tmp_path: Path, version: int) -> None:
+    values = json.loads(make_report().to_json()) | {"schema_version": version}
+    del values["case"]["quantization"]
     for candidate in values["candidates"]:
         for process in candidate["processes"]:
             del process["peak_device_bytes"], process["torch_peak_device_bytes"], process["device_memory"]
     (tmp_path / "report.json").write_text(json.dumps(values))
     report = read_report(tmp_path / "report.json")
     assert report == make_report()
-    assert report.schema_version == SCHEMA_VERSION == 2
+    assert report.schema_version == SCHEMA_VERSION == 3

@@ -117,17 +117,18 @@ def test_every_component_is_recorded_with_its_inputs_and_outputs(
     for path in (*made.calibration, *made.held_out):
         for name, session in tiny.sessions.items():
             calls = list(read_calls(path, name))
-            assert len(calls) == {ComponentName.UNET: 2, ComponentName.TEXT_ENCODER: 2}.get(name, 1)
+            of_vae = 1 if path in made.held_out else 0
+            assert len(calls) == {ComponentName.UNET: 2, ComponentName.TEXT_ENCODER: 2}.get(name, of_vae)
             for call in calls:
                 assert call.inputs.keys() == {tensor.name for tensor in session.spec.inputs}
                 again = session.run(call.inputs)
                 assert call.outputs.keys() == again.keys()
                 assert all(torch.allclose(call.outputs[key], again[key], atol=1e-4) for key in again)
         timesteps.append(tuple(call.inputs["timestep"].item() for call in read_calls(path, ComponentName.UNET)))
-        (drawn,) = read_calls(path, ComponentName.VAE_DECODER)
-        (encoded,) = read_calls(path, ComponentName.VAE_ENCODER)
-        assert torch.allclose(encoded.inputs["sample"], drawn.outputs["sample"].clamp(-1, 1), atol=1e-5)
     assert len(set(timesteps)) == 3
+    (drawn,) = read_calls(made.held_out[0], ComponentName.VAE_DECODER)
+    (encoded,) = read_calls(made.held_out[0], ComponentName.VAE_ENCODER)
+    assert torch.allclose(encoded.inputs["sample"], drawn.outputs["sample"].clamp(-1, 1), atol=1e-5)
     assert len(children) == 1
 
 
@@ -142,7 +143,7 @@ def test_every_kind_of_pipeline_is_recorded(case: str, tmp_path: Path, children:
     for path in (*made.calibration, *made.held_out):
         counts = {name: len(list(read_calls(path, name))) for name in bundle.sessions}
         assert counts[ComponentName.UNET] == 2
-        assert min(counts.values()) >= 1
+        assert min(count for name, count in counts.items() if path in made.held_out or name.is_text_encoder) >= 1
 
 
 def test_what_is_there_is_not_drawn_again(tiny: ReferenceBundle, tmp_path: Path, children: list[JsonTable]) -> None:

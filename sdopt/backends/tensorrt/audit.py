@@ -27,6 +27,8 @@ _LEAST_BYTES_SHARE = 0.9
 _MOST_ADDED_ZEROS = 0.1
 # All but the projections of queries and keys are there, a third of a text encoder's matrices and less elsewhere.
 _LEAST_FOUND_SHARE = 0.4
+# All were there in every plan that was seen.
+_LEAST_QUANTIZED_FOUND_SHARE = 0.75
 _NAMES_SHOWN = 5
 _PRECISIONS = {"HALF": "fp16", "FLOAT": "fp32", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
 _COMPUTE = {
@@ -61,37 +63,32 @@ def audit_network(
     """
     wanted = wanted or {}
     layers = list(_layers(network))
-    quantized_layers = QuantizedLayers(layers)
+    look = QuantizedLayers(layers)
     counts: Counter[str] = Counter()
     other: list[str] = []
-    softmax: list[str] = []
     quantized: dict[str, tuple[str, Scheme]] = {}
     instead: dict[str, str] = {}
     for layer in layers:
-        kind = layer.type.name
-        if kind == "SOFTMAX":
-            softmax.append(_name_of(layer))
-        seen = quantized_layers.look_at(layer)
-        if seen is not None:
-            if seen.name not in wanted:
-                other.append(f"{_name_of(layer)} ({seen.text})")
-            elif seen.scheme is wanted[seen.name]:
-                quantized[seen.name] = _name_of(layer), seen.scheme
-            else:
-                instead[seen.name] = seen.text
-        if kind not in _COMPUTE:
-            continue
-        found = _PRECISIONS.get(layer.get_input(0).dtype.name, layer.get_input(0).dtype.name.lower())
-        counts[f"{_COMPUTE[kind]} {seen.text if seen else found}"] += 1
-        if found != precision:
-            other.append(f"{_name_of(layer)} ({found})")
+        kind, name, found = layer.type.name, _name_of(layer), look.at(layer)
+        if found is not None and found.name not in wanted:
+            other.append(f"{name} ({found.text})")
+        elif found is not None and found.scheme is wanted[found.name]:
+            quantized[found.name] = name, found.scheme
+        elif found is not None:
+            instead[found.name] = found.text
+        if kind in _COMPUTE:
+            given = layer.get_input(0).dtype.name
+            computes_in = _PRECISIONS.get(given, given.lower())
+            counts[f"{_COMPUTE[kind]} {found.text if found else computes_in}"] += 1
+            if computes_in != precision:
+                other.append(f"{name} ({computes_in})")
     attention = list(_attention(network, library))
     return NetworkAudit(
         attention_native=len(attention),
         attention_fused=bool(attention) and not any(each.decomposable for each in attention),
         compute_layers=dict(sorted(counts.items())),
         other_precision=tuple(other),
-        softmax=tuple(softmax),
+        softmax=tuple(_name_of(layer) for layer in layers if layer.type.name == "SOFTMAX"),
         quantized=quantized,
         unquantized=tuple(
             f"{name} ({instead.get(name, 'not quantised')}, not {scheme})"
@@ -131,6 +128,12 @@ def judge_plan(
         raise AuditError(
             f"the plan of {component} lost weights: of {audit.weights_sampled} that were looked for in it, "
             f"{audit.weights_found} are there",
+            hint=_REPORT,
+        )
+    if kind == "tensorrt-rtx" and audit.quantized_found < _LEAST_QUANTIZED_FOUND_SHARE * audit.quantized_sampled:
+        raise AuditError(
+            f"the plan of {component} lost weights: of {audit.quantized_sampled} quantised ones that were looked for "
+            f"in it, {audit.quantized_found} are there",
             hint=_REPORT,
         )
     if network.unquantized:

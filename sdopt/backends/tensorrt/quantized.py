@@ -39,15 +39,15 @@ class QuantizedLayers:
             layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)
         }
 
-    def look_at(self, layer: Any) -> QuantizedLayer | None:
+    def at(self, layer: Any) -> QuantizedLayer | None:
         """None for a layer that is not quantised, and for one that has no weights."""
         kind = layer.type.name
-        if kind == "GATHER":
-            return self._look_at_table(layer)
-        if kind not in _WITH_WEIGHTS:
+        if kind == "GATHER":  # a table of embeddings; a runtime widens the rows that are looked up
+            weight, given = self._dequantized(layer, 0), None
+        elif kind in _WITH_WEIGHTS:
+            weight, given = self._dequantized(layer, 1), self._dequantized(layer, 0)
+        else:
             return None
-        weight = self._dequantized(layer, 1)
-        given = self._dequantized(layer, 0)
         weight_type = "" if weight is None else weight.get_input(0).dtype.name
         input_type = "" if given is None else given.get_input(0).dtype.name
         if not weight_type and not input_type:
@@ -58,13 +58,6 @@ class QuantizedLayers:
         scheme = _SCHEMES.get((weight_type, input_type))
         name = str(stored.name).removesuffix(".weight")
         return QuantizedLayer(name, scheme, scheme or _text(weight_type, input_type))
-
-    def _look_at_table(self, layer: Any) -> QuantizedLayer | None:
-        """A table of embeddings in INT8, of which the rows that are looked up are widened."""
-        stored = self._before(layer, 0)
-        if stored is None or stored.type.name != "CONSTANT" or stored.get_output(0).dtype.name != "INT8":
-            return None
-        return QuantizedLayer(str(stored.name).removesuffix(".weight"), Scheme.INT8_WEIGHTS, Scheme.INT8_WEIGHTS)
 
     def _dequantized(self, layer: Any, index: int) -> Any:
         """The `DequantizeLinear` that an input comes from; None where it comes from something else."""

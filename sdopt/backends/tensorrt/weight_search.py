@@ -2,9 +2,9 @@
 
 A plan holds most weights as the graph has them, or with the axes of a matrix or of a convolution in another order.
 Those that another operation was folded into (attention's scale goes into the projections of queries and keys) are not
-found; so a share is judged, not each. Quantised weights stay in their few bits, because a kernel or the plan's own
-program widens them, and nothing is folded into them. TensorRT-RTX compiles where it runs and keeps weights plain;
-general TensorRT may rearrange them for its kernels, and is not judged by this.
+found; so a share is judged, not each. Nothing is folded into quantised weights, which are looked for and judged apart:
+a plan that lost them alone would else pass where few layers are quantised. TensorRT-RTX compiles where it runs and
+keeps weights plain; general TensorRT may rearrange them for its kernels, and is not judged by this.
 """
 
 from __future__ import annotations
@@ -53,16 +53,22 @@ class WeightRange:
         """How many of its numbers are looked for."""
         return _WINDOWS.get(self.data_type, _WINDOW_ELEMENTS)
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.data_type in _WINDOWS
+
 
 class WeightSearch:
-    """Feed the plan's pieces in order; `found` of `sampled` weights were in them.
+    """Feed the plan's pieces in order; `found` of `sampled` weights were in them, and so of the quantised among them.
 
     Plans align weights to eight bytes at least, so one look at the words of a piece finds all patterns at once. Should
     a version of TensorRT align them otherwise, `search_everywhere` finds them more slowly.
     """
 
     def __init__(self, weights: Sequence[WeightRange], data: Array) -> None:
-        self._wanted = {w.name: patterns for w in _pick(weights) if (patterns := tuple(_patterns(w, data)))}
+        picked = [*_pick([w for w in weights if not w.is_quantized]), *_pick([w for w in weights if w.is_quantized])]
+        self._wanted = {w.name: patterns for w in picked if (patterns := tuple(_patterns(w, data)))}
+        self._quantized = {w.name for w in picked if w.is_quantized} & self._wanted.keys()
         self._longest = max((len(p) for patterns in self._wanted.values() for p in patterns), default=1)
         self._tail = b""
         self._offset = 0
@@ -71,6 +77,14 @@ class WeightSearch:
     @property
     def found(self) -> int:
         return self.sampled - len(self._wanted)
+
+    @property
+    def quantized_sampled(self) -> int:
+        return len(self._quantized)
+
+    @property
+    def quantized_found(self) -> int:
+        return len(self._quantized - self._wanted.keys())
 
     def feed(self, piece: bytes) -> None:
         hits = self._search_words(piece, -self._offset % _WORD_BYTES)

@@ -120,9 +120,10 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
                 ) from error
             allow_decomposed_attention(parsed.network, library)
             built = build_plan(parsed, options, job.output, label=label)
-        if 2 * parsed.search.found < parsed.search.sampled:
+        search = parsed.search
+        if 2 * search.found < search.sampled or search.quantized_found < search.quantized_sampled:
             with job.output.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                parsed.search.search_everywhere(data)
+                search.search_everywhere(data)
         network = audit_network(parsed.network, library, job.precision, job.quantized)
         kernels = read_kernels(job.output) if job.kind == "tensorrt-rtx" else ()
         audit = PlanAudit(
@@ -130,9 +131,10 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
             attention_fused=network.attention_fused, compute_layers=network.compute_layers,
             other_precision=network.other_precision, plan_bytes=built.size_bytes, weights_bytes=parsed.weights_bytes,
             zero_share=round(built.zero_share, 6), weights_zero_share=round(parsed.weights_zero_share, 6),
-            weights_sampled=parsed.search.sampled, weights_found=parsed.search.found,
+            weights_sampled=search.sampled, weights_found=search.found,
             fused_kernels=inspect_attention(library, job.output) if _is_for_this_gpu(job) else None,
-            quantized_layers=len(network.quantized), kernels=count_kernels(kernels),
+            quantized_layers=len(network.quantized), quantized_sampled=search.quantized_sampled,
+            quantized_found=search.quantized_found, kernels=count_kernels(kernels),
             widened_layers=find_widened(kernels, network.quantized),
         )  # fmt: skip
         judge_plan(

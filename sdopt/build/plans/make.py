@@ -124,7 +124,7 @@ class _Workshop:
         return parse_bytes(self.plan.recipe.max_memory) if self.plan.recipe.max_memory else None
 
     def need_bytes(self, name: ComponentName) -> int:
-        return peak_bytes(self.weights[name].size_bytes)
+        return peak_bytes(self.weights[name].size_bytes, quantized=bool(self.plan.components[name].quantized))
 
 
 def _explain_shortage(shop: _Workshop, wanted: WantedPlan, shortage: MissingHardware) -> MissingHardware:

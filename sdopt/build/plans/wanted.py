@@ -21,6 +21,8 @@ from sdopt.model.target import PORTABLE, Runtime
 # A build holds two copies of the weights beside the library and its working memory: `build_peak_bytes` and
 # `weights_bytes` of the plans in benchmarks/reports/plans-sd15.json and plans-sdxl.json.
 _COPIES, _FIXED_BYTES = 2.1, 400_000_000
+# Of quantised weights, beside which the library holds more operations for each byte.
+_COPIES_QUANTIZED = 2.4
 
 # The first compute capability with kernels for a scheme; TensorRT-RTX 1.7 refuses to build for an earlier one.
 _FIRST_GENERATIONS = {Scheme.FP8: 89, Scheme.INT4_WEIGHTS: 80}
@@ -149,9 +151,9 @@ def _shapes_of(spec: ComponentSpec, extents: Mapping[str, Extent]) -> tuple[tupl
     )
 
 
-def peak_bytes(weights_bytes: int) -> int:
-    """Peak memory of building a plan of so many bytes of weights."""
-    return int(weights_bytes * _COPIES) + _FIXED_BYTES
+def peak_bytes(weights_bytes: int, *, quantized: bool = False) -> int:
+    """Peak memory of building a plan of so many bytes of weights, as they are stored."""
+    return int(weights_bytes * (_COPIES_QUANTIZED if quantized else _COPIES)) + _FIXED_BYTES
 
 
 def pixels_per_latent(plan: BuildPlan) -> int:

@@ -34,6 +34,9 @@ class Measurement:
     float_layers: int = 0
 
 
+# No figure says anything of an output that is a hundred times as far from torch's as 0 is.
+_LARGEST_ERROR = 100.0
+
 Measure = Callable[[tuple[str, ...]], Measurement]
 
 
@@ -95,7 +98,9 @@ def _drop(verdicts: dict[str, GroupVerdict], name: str, error_limit: float) -> N
 
 def _find_fault(scheme: Scheme, measured: Measurement, error_limit: float, slack_ns: float) -> str:
     # A NaN compares false with everything.
-    if not measured.error <= error_limit:
+    if not measured.error < _LARGEST_ERROR:
+        return f"its outputs are NaN, infinite or far from anything, where an error of {error_limit:.1%} is borne"
+    if measured.error > error_limit:
         return f"error {measured.error:.1%} alone, above {error_limit:.1%}"
     if scheme.quantizes_activations and measured.float_layers:
         return f"{measured.float_layers} of its layers would not compute in 8 bits"

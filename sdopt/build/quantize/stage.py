@@ -85,6 +85,8 @@ def quantize(shop: Shop) -> Quantized:
         for candidate in candidates:
             candidate.set_aside(shop.staging.work / "16-bit" / candidate.name)
         weights = _hold_pictures(shop, candidates)
+    if shop.pictures is not None and not any(candidate.kept for candidate in candidates):
+        shop.pictures.drop_base()
     if recipe.require_quantized and not any(candidate.kept for candidate in candidates):
         raise FidelityError(
             f"no block pays in {recipe.precision}: {explain_none(candidates)}",
@@ -99,7 +101,7 @@ def explain_none(candidates: Sequence[Candidate]) -> str:
     if not verdicts:
         return "the model has no layer that the quantization file names"
     group, verdict = min(verdicts, key=lambda item: item[1].measured.error)
-    return f"of {len(verdicts)}, the gentlest ({group}) stays in 16 bits because it is {verdict.reason}"
+    return f"of {len(verdicts)}, the gentlest ({group}) stays in 16 bits: {verdict.reason}"
 
 
 def _try_components(shop: Shop, trajectories: Trajectories) -> list[Candidate]:
@@ -162,7 +164,7 @@ def _find_runtime(shop: Shop, name: ComponentName) -> tuple[BackendSettings, boo
     if isinstance(record.backend, TensorRTSettings):
         return stand_in(record).backend, False  # a plan for each trial would take minutes
     drawn, obstacle = runnable_here(shop.draft, shop.staging.output, None)
-    return drawn.components[name].backend, not obstacle
+    return drawn.components[name].backend, shop.settings.judge_speed and not obstacle
 
 
 Selection = Mapping[ComponentName, frozenset[str]]

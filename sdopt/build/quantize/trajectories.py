@@ -5,6 +5,9 @@ apart (250 timesteps where there are four). Each trajectory has them shifted by 
 golden ratio's multiples: few trajectories already see every range of timesteps, and a further one falls into the widest
 gap. All steps of a trajectory move alike, so DDIM still denoises from each to the next.
 
+Held-out trajectories end in a picture, and have the calls of both of the VAE's networks. Calibration ones end in
+latents: no scale is made of what a VAE is given, and at 512x512 its networks take as long as two steps.
+
 Every finished trajectory is an entry of the store: a run that was interrupted goes on with the next one.
 """
 
@@ -62,13 +65,17 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is to be drawn. `shift` is the part of a stride, 0 to 1, that its timesteps are moved by."""
+    """What is to be drawn. `shift` is the part of a stride, 0 to 1, that its timesteps are moved by.
+
+    `decode` is whether it ends in a picture.
+    """
 
     prompt: str
     seed: int
     steps: int
     guidance_scale: float
     shift: float
+    decode: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def _plan(settings: CalibrationSettings, prompts: Sequence[str], numbers: range)
     return tuple(
         Trajectory(
             prompts[place % len(prompts)], settings.seed + number, settings.steps, scales[place % len(scales)],
-            round(number * _GOLDEN_RATIO % 1, 6),
+            round(number * _GOLDEN_RATIO % 1, 6), number >= _HELD_OUT_FROM,
         )
         for place, number in enumerate(numbers)
     )  # fmt: skip
@@ -190,9 +197,11 @@ def _draw(pipeline: DiffusionPipeline, job: Job, trajectory: Trajectory, recorde
         )  # fmt: skip
         write_scene(job.folder, job.manifest, scene)
         call = build_call(pipeline, job.manifest, scene, [0])
+    if not trajectory.decode:
+        call["output_type"] = "latent"
     with _shifted(pipeline.scheduler, trajectory.shift):
         images = pipeline(**call).images
-    if pipeline.vae.encoder is not None and not recorder.count(ComponentName.VAE_ENCODER):
+    if trajectory.decode and pipeline.vae.encoder is not None and not recorder.count(ComponentName.VAE_ENCODER):
         # Text to image does not call it: it is given the picture that was drawn.
         pipeline.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1)
     return recorder.take()

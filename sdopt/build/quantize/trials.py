@@ -79,7 +79,7 @@ class Trial:
 class TrialJob:
     """Trials of one component, as they cross to the child in JSON.
 
-    `timed` is False where `runtime` stands in for an engine that does not run here.
+    `timed` is False where `runtime` stands in for an engine that does not run here, or where speed does not matter.
     """
 
     stock: Stock
