@@ -6,7 +6,7 @@
     python benchmarks/int8_step.py out/sd15-int8 out/sd15-bf16
 
 Each candidate has fresh processes, interleaved A B C C B A, with two warm-up runs in each; the figures are medians over
-all timed runs. The error is |a-b|/|b| against torch fp32 on parity's seeded inputs. Exits with 3 where a budget is missed.
+all timed runs. The error is |a-b|/|b| against torch fp32 on parity's seeded inputs. Exits with 3 where one is missed.
 """
 
 from __future__ import annotations

@@ -81,9 +81,11 @@ class PlanAudit(_Record):
     attention_native: int
     """TensorRT's own attention layers in the network that the parser made."""
     attention_fused: bool
-    """No attention layer could be decomposed: the builder had a dedicated kernel for each, or it would have failed."""
+    """The plan's own text lists an attention kernel for each layer of torch. Where it has no such text, this is the
+    builder's promise alone: it was not allowed to decompose any, and the build did not fail."""
     fused_kernels: int | None = None
-    """Attention kernels that the inspector shows; null where no GPU could load the plan."""
+    """Attention kernels that were seen: in the plan's own text, which is of its first optimisation profile, or else by
+    the inspector on a GPU; null where neither could be read."""
     compute_layers: dict[str, int]
     """Convolutions, matrix products, attention and normalisations, counted by kind and precision."""
     other_precision: tuple[str, ...]

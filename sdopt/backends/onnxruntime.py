@@ -73,7 +73,9 @@ class OnnxRuntimeBackend:
 def _open(component: ComponentFiles, options: Any, providers: list[Any]) -> Any:
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(component.graph, options, providers=providers)
+        # A bias that is merged into the product keeps it from its INT8 kernel.
+        disabled = ["MatMulAddFusion"] if b"QuantizeLinear" in component.graph.read_bytes() else []
+        return onnxruntime.InferenceSession(component.graph, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own with no common base.
         raise BackendError(f"ONNX Runtime refuses {component.graph}: {error}") from error
 

@@ -44,7 +44,8 @@ class PictureJudge:
     def set_base(self, draft: BundleManifest) -> None:
         """Draw with the 16-bit engines of `draft`: quantised ones are judged by how much they lose against these.
 
-        torch draws the references from the 16-bit weights, which are still in the staging folder.
+        torch draws the references from the 16-bit weights, which are still in the staging folder. Raises
+        `FidelityError` where the 16-bit engines themselves do not draw what torch draws.
         """
         from sdopt.fidelity import verdict
 
@@ -52,10 +53,9 @@ class PictureJudge:
         drawn, _ = runnable_here(draft, self._staging.output, self._machine)
         scene = verdict.make_scene(folder, drawn, work)
         references = verdict.draw_references(folder, drawn, work, scene)
-        base = verdict.compare_drawings(
-            scene, references.drawing, verdict.draw_engines(folder, drawn, work, scene), references.floor
-        )
-        base_psnr_db = tuple(image.psnr_db for image in base)
+        base = verdict.hear(folder, drawn, work, references, verdict.draw_engines(folder, drawn, work, scene))
+        _require_pass(base)
+        base_psnr_db = tuple(image.psnr_db for image in base.images)
         self._references = references
         self._budget = verdict.PictureBudget(base_psnr_db, settings.max_psnr_loss, settings.min_ssim)
 
@@ -91,12 +91,16 @@ def judge(draft: BundleManifest, pictures: PictureJudge) -> FidelityRecord:
     if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
         return draft.fidelity
     record = pictures.judge(draft)
+    _require_pass(record)
+    return record
+
+
+def _require_pass(record: FidelityRecord) -> None:
     if record.verdict is Verdict.FAIL:
         raise FidelityError(
             f"the engines do not draw what torch draws: {record.reason}",
             hint="try --precision fp32; --no-verify publishes the bundle without a verdict",
         )
-    return record
 
 
 def runnable_here(draft: BundleManifest, output: Path, machine: Machine | None) -> tuple[BundleManifest, str]:

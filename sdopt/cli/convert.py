@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 @click.option("--batch", type=int, help="Pictures a run.  [default: 1]")
 @click.option("--tokens", type=int, help="Longest prompt: 77, 154 or 231 tokens.  [default: 77]")
 @click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder or a single file.")
-@click.option("--require-fused", is_flag=True, default=None, help="Refuse attention without a dedicated kernel.")
+@click.option(
+    "--require-fused", is_flag=True, default=None,
+    help="Refuse a UNet or text encoder with attention that has no dedicated kernel.",
+)  # fmt: skip
 @click.option("--max-memory", metavar="SIZE", help="Most memory that building engines may take, as in 12GiB.")
 @click.option(
     "--max-psnr-loss", metavar="DB", type=float, help="What quantised pictures may lose against 16 bits.  [default: 20]"

@@ -69,9 +69,11 @@ def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:
         error = f"{max(o['relative_l2'] for o in parity['outputs']):.1e}" if parity else "not checked"
         if parity and parity["points"] > 1:
             error += f", the worst of {parity['points']} sizes and prompt lengths"
+        node = "Attention" if audit["opset"] >= 23 else "Softmax"
+        attention = f"{node} in {audit['attention_nodes']} of {audit['attention_layers']} attention layers"
         summary[name] = (
             f"{part['precision']} on {part['backend']['kind']}; opset {audit['opset']}, {audit['nodes']} nodes, "
-            f"attention {audit['attention_nodes']} of {audit['attention_layers']} fused; parity error {error}"
+            f"{attention}; parity error {error}"
         )
         if part["quantization"]:
             summary[f"{name}, quantised"] = QuantizationRecord.model_validate(part["quantization"]).describe()
@@ -84,14 +86,18 @@ def _summarise_bundle(table: dict[str, Any]) -> dict[str, Any]:
 
 def _summarise_plan(plan: dict[str, Any]) -> str:
     audit = plan["audit"]
-    fused = "all fused" if audit["attention_fused"] else "not all fused"
+    layers, kernels = audit["attention_layers"], audit["fused_kernels"]
+    if kernels is not None:
+        fused = f"{min(kernels, layers)} of {layers} fused"
+    else:
+        fused = "all fused by the builder's word, no kernel seen" if audit["attention_fused"] else "not all fused"
     other = audit["other_precision"]
     precision = f"{len(other)} layers in another precision" if other else "all layers in the precision asked for"
     peak_bytes = plan["build_peak_device_bytes"]
     on_gpu = "" if peak_bytes is None else f", with at most {peak_bytes:,} bytes of a GPU"
     return (
         f"{plan['flavour']} {plan['version']} for {plan['generation']} on {plan['system']}; attention "
-        f"{audit['attention_native']} native of {audit['attention_layers']}, {fused}; {precision}; "
+        f"{audit['attention_native']} of {layers} native, {fused}; {precision}; "
         f"{audit['plan_bytes']:,} bytes for {audit['weights_bytes']:,} of weights, {audit['zero_share']:.1%} zeros "
         f"(weights {audit['weights_zero_share']:.1%}), {audit['weights_found']} of {audit['weights_sampled']} sampled "
         f"weights found in it; built in {plan['build_s']} s ({plan['rung']}){on_gpu}"

@@ -134,13 +134,19 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
         return FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off with --no-verify")
     scene = make_scene(folder, manifest, work)
     engines = draw_engines(folder, manifest, work, scene)
-    references = draw_references(folder, manifest, work, scene)
+    return hear(folder, manifest, work, draw_references(folder, manifest, work, scene), engines)
+
+
+def hear(
+    folder: Path, manifest: BundleManifest, work: Path, references: References, engines: Drawing
+) -> FidelityRecord:
+    """Judge what the engines drew, and give 16-bit ones that fail their second hearing."""
     record = judge_engines(manifest, references, engines)
     if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
         settings = _on(references.device, _TORCH_BF16)
-        peer = draw_isolated(
-            folder, manifest, settings, scene, work / "torch-bf16.safetensors", label="torch bf16 (second hearing)"
-        )
+        output = work / "torch-bf16.safetensors"
+        label = "torch bf16 (second hearing)"
+        peer = draw_isolated(folder, manifest, settings, references.scene, output, label=label)
         record = judge_engines(manifest, references, engines, peer)
     return record
 

@@ -120,9 +120,6 @@ def insert_qdq(model: ir.Model, choices: Mapping[str, LayerChoice]) -> None:
             raise ExportError(f"the layer {name!r} ({site.layer.op}) cannot be quantised to {choice.scheme}")
         dtype = (site.weight if site.cast is None else site.cast.outputs[0]).dtype
         assert dtype is not None
-        if site.layer.op == "Gather":
-            _quantize_table(model.graph, site, dtype)
-            continue
         if choice.scheme.quantizes_activations:
             inputs.quantize(site, choice, dtype)
         _quantize_weight(model.graph, site, choice.scheme, dtype)
@@ -165,22 +162,6 @@ def _quantize_weight(graph: ir.Graph, site: _Site, scheme: Scheme, dtype: ir.Dat
         graph, "DequantizeLinear", [stored, scale], f"{name}.dequantized", dtype, attributes, ir.Shape(shape)
     )
     site.user.replace_input_with(site.index, value)
-
-
-def _quantize_table(graph: ir.Graph, site: _Site, dtype: ir.DataType) -> None:
-    """A table of embeddings: the rows that are looked up are widened, and the table stays in INT8 while it runs."""
-    name, (rows, _) = site.layer.name, site.layer.shape
-    indices, looked_up = site.node.inputs[1], site.node.outputs[0]
-    stored = _replace_weight(graph, site, ir.DataType.INT8)
-    site.node.replace_input_with(0, stored)
-    scale = _add_initializer(graph, weight_scale_name(name), (rows, 1), dtype)
-    users = list(looked_up.uses())
-    looked_up.dtype = ir.DataType.INT8
-    wide = _add_node(graph, "Cast", [looked_up], f"{name}.widened", dtype, {"to": dtype}, looked_up.shape)
-    factor = _add_node(graph, "Gather", [scale, indices], f"{name}.row_scale", dtype, {"axis": 0}, None)
-    scaled = _add_node(graph, "Mul", [wide, factor], f"{name}.dequantized", dtype, {}, looked_up.shape)
-    for user, index in users:
-        user.replace_input_with(index, scaled)
 
 
 class _Inputs:

@@ -26,7 +26,8 @@ class Scheme(StrEnum):
     FP8 = "fp8"
     """The same in FP8 (E4M3)."""
     INT8_WEIGHTS = "int8-weights"
-    """Weights alone, in INT8 with a scale for each output channel; the arithmetic stays that of the engine."""
+    """Weights alone, in INT8 with a scale for each output channel. CPU runtimes may round inputs to 8 bits, too, while
+    they run; what that does is part of the error that is measured."""
     INT4_WEIGHTS = "int4-weights"
     """Weights alone, in INT4 with a scale for each output channel and block of inputs."""
 

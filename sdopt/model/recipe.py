@@ -126,7 +126,8 @@ class BuildRecipe(_Frozen):
     prediction: Prediction | None = None
     """Overrides what the checkpoint says of its UNet; a single file often says nothing."""
     require_fused: bool = False
-    """Refuse an engine in which attention is not one native layer with a dedicated kernel for each of torch's."""
+    """Refuse a UNet or text encoder in which attention is not one native layer with a dedicated kernel for each of
+    torch's. The VAE's one layer is left out: no TensorRT-RTX plan has a kernel for its head of 512 numbers."""
     max_memory: str = ""
     """Most memory of the host that building engines may take, as in `12GiB`; empty sets no limit."""
     verify: VerifySettings = VerifySettings()

@@ -27,7 +27,7 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer as it is stored: `weight` is the checkpoint's; `is_table` says that it is looked up, not multiplied.
+    """A layer as it is stored: `weight` is the checkpoint's.
 
     `input_amax` is the largest magnitude that its input's scale is made for, None where weights alone are quantised.
     `smooth` multiplies the input, channel by channel, and divides the weight.
@@ -35,7 +35,6 @@ class QuantizedLayer:
 
     weight: TensorRef
     scheme: Scheme
-    is_table: bool = False
     input_amax: float | None = None
     smooth: Tensor | None = None
 
@@ -80,8 +79,6 @@ def plan_quantized(path: Path, layers: Mapping[str, QuantizedLayer], scale_dtype
     tensors: dict[str, tuple[DType, tuple[int, ...]]] = {}
     for name, layer in layers.items():
         shape, scale_shape = layer.weight.shape, layer.weight.shape[:1]
-        if layer.is_table:
-            scale_shape = (*scale_shape, 1)
         if layer.scheme is Scheme.INT4_WEIGHTS:
             shape, scale_shape = (shape[0], shape[1] // 2), (shape[0], shape[1] // INT4_BLOCK)
         tensors[f"{name}.weight"] = layer.scheme.weight_dtype, shape

@@ -30,6 +30,10 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed", exc_
 
 SCRIPT = Path(sys.executable).parent / "sdopt"
 GENERATIONS = ["sm86", "sm89", "sm120"]
+# TensorRT-RTX 1.7 has none for the six layers of the UNet with heads of 8 numbers, and none for the VAE's one head.
+ATTENTION_KERNELS = {
+    ComponentName.TEXT_ENCODER: 2, ComponentName.UNET: 8, ComponentName.VAE_DECODER: 0, ComponentName.VAE_ENCODER: 0
+}  # fmt: skip
 
 
 def start(cache: Path, *words: str) -> subprocess.Popen[str]:
@@ -61,14 +65,15 @@ def manifest(rtx_bundle: tuple[Path, Path]) -> BundleManifest:
 
 
 def test_every_plan_is_audited(manifest: BundleManifest) -> None:
-    """For each component and generation: attention native and fused, the precision asked for, the weights all there."""
+    """For each component and generation: attention native and counted, the precision asked for, the weights there."""
     for name, record in manifest.components.items():
         assert record.precision is Precision.FP16
         assert [plan.generation for plan in record.plans] == GENERATIONS
         for plan in record.plans:
             audit = plan.audit
             assert audit.attention_native == audit.attention_layers == record.audit.attention_layers > 0
-            assert audit.attention_fused
+            assert audit.fused_kernels == ATTENTION_KERNELS[name] == audit.kernels.get("attention fp16", 0)
+            assert audit.attention_fused == (audit.fused_kernels == audit.attention_layers)
             assert audit.other_precision == ()
             assert all(kind.endswith(" fp16") for kind in audit.compute_layers)
             assert sum(audit.compute_layers.values()) > audit.attention_layers
@@ -303,8 +308,11 @@ def test_attention_that_was_written_out_is_refused_and_named(cache: Path, tmp_pa
     done = run(cache, *words)
     assert done.returncode == 0, done.stderr
     written_out = read_manifest(tmp_path / "b")
-    audits = [plan.audit for record in written_out.components.values() for plan in record.plans]
-    assert all(audit.attention_native == 0 < audit.attention_layers and not audit.attention_fused for audit in audits)
+    for name, record in written_out.components.items():
+        (audit,) = (plan.audit for plan in record.plans)
+        assert audit.attention_native == 0 < audit.attention_layers
+        # The builder finds by itself what it has kernels for.
+        assert audit.fused_kernels == ATTENTION_KERNELS[name]
     with pytest.raises(AuditError, match="written out"):
         build_in_child(make_job(tmp_path / "b", "vae_decoder", tmp_path / "plan"))
 
@@ -343,9 +351,17 @@ def test_several_sizes_and_prompt_lengths(cache: Path, tmp_path: Path) -> None:
         (1, "sm89-64x96"),
     ]
     assert {plan.prompt_chunks for plan in unet} == {(1, 2)}
-    assert all(plan.audit.attention_fused for plan in unet)
+    assert {plan.audit.fused_kernels for plan in unet} == {ATTENTION_KERNELS[ComponentName.UNET]}
+    assert all(plan.audit.attention_fused for plan in text)
     assert [(plan.profile, plan.prompt_chunks) for plan in text] == [(0, (1,)), (1, (1,))]
     assert len({plan.file for plan in text}) == 1
+
+
+def test_attention_that_the_builder_quietly_wrote_out_is_refused(rtx_bundle: tuple[Path, Path], tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7 may not decompose it and does not fail; the plan's own text says which kernels are there."""
+    with pytest.raises(AuditError, match="attention in unet is not fused: 8 of 14 layers have a dedicated kernel"):
+        build_in_child(make_job(rtx_bundle[1], "unet", tmp_path / "plan", require_fused=True))
+    build_in_child(make_job(rtx_bundle[1], "text_encoder", tmp_path / "plan", require_fused=True))
 
 
 def test_a_range_has_fused_attention_or_says_that_it_has_not(cache: Path, tmp_path: Path) -> None:
@@ -358,6 +374,7 @@ def test_a_range_has_fused_attention_or_says_that_it_has_not(cache: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     components = read_manifest(tmp_path / "b").components
     (unet,) = components[ComponentName.UNET].plans
+    assert unet.audit.fused_kernels == ATTENTION_KERNELS[ComponentName.UNET]
     assert not unet.audit.attention_fused
     assert unet.audit.attention_native == unet.audit.attention_layers
 

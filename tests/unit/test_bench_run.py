@@ -57,9 +57,13 @@ def test_against_is_parsed_and_each_once() -> None:
     assert "did you mean 'eager-fp32'" in raised.value.hint
 
 
+def make_component(**values: Any) -> Any:
+    return SimpleNamespace(quantization=None, is_quantized=False, **values)
+
+
 def make_manifest(**records: Any) -> Any:
     bf16 = OpenVINOSettings(inference_precision=Precision.BF16)
-    records = records or {"unet": SimpleNamespace(backend=bf16, precision=Precision.BF16)}
+    records = records or {"unet": make_component(backend=bf16, precision=Precision.BF16)}
     return SimpleNamespace(
         name="tiny", family="sd1", profile=ShapeProfile.static(height_px=64, width_px=64),
         profiles=(ShapeProfile.static(height_px=64, width_px=64),), files={},
@@ -70,9 +74,9 @@ def make_manifest(**records: Any) -> Any:
 
 def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
     manifest = make_manifest(
-        text_encoder=SimpleNamespace(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
-        unet=SimpleNamespace(backend=OpenVINOSettings(), precision=Precision.BF16),
-        vae_decoder=SimpleNamespace(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
+        text_encoder=make_component(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
+        unet=make_component(backend=OpenVINOSettings(), precision=Precision.BF16),
+        vae_decoder=make_component(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
     )
     assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32"
 
@@ -178,7 +182,7 @@ def test_torch_settings_of_the_baselines() -> None:
 
 def test_beside_engines_of_a_gpu_torch_runs_there_as_fast_as_it_can() -> None:
     backend = TensorRTSettings(kind="tensorrt-rtx")
-    manifest = make_manifest(unet=SimpleNamespace(backend=backend, precision=Precision.FP16, plans=()))
+    manifest = make_manifest(unet=make_component(backend=backend, precision=Precision.FP16, plans=()))
     found = list_candidates(manifest, None)
     assert [c.label for c in found] == ["TensorRT-RTX fp16", "torch eager fp16", "torch.compile fp16"]
     assert [c.settings.device for c in found[1:]] == ["cuda", "cuda"]  # type: ignore[union-attr]

@@ -32,7 +32,10 @@ SCENE = Scene(prompts=("a circle", "a star"), seed=7, steps=3, guidance_scale=5,
 
 
 def manifest(*precisions: Precision, verify: VerifySettings | None = None, backend: BackendSettings = CPU) -> Any:
-    records = {str(i): SimpleNamespace(precision=each, backend=backend) for i, each in enumerate(precisions)}
+    records = {
+        str(i): SimpleNamespace(precision=each, backend=backend, quantization=None, is_quantized=False)
+        for i, each in enumerate(precisions)
+    }
     return SimpleNamespace(components=records, recipe=BuildRecipe(verify=verify or VerifySettings()))
 
 

@@ -67,7 +67,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_no_silent_fallback(
 ) -> None:
     seen: list[Any] = []
 
-    def fall_back(path: Path, options: Any, providers: Any) -> Any:
+    def fall_back(path: Path, options: Any, providers: Any, disabled_optimizers: Any) -> Any:
         seen.append(providers)
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 

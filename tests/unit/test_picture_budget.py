@@ -16,6 +16,7 @@ from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord,
 from sdopt.artifacts.store import Store
 from sdopt.build.judge import PictureJudge
 from sdopt.build.staging import Staging
+from sdopt.errors import FidelityError
 from sdopt.fidelity import verdict as verdict_module
 from sdopt.fidelity.draw import Drawing
 from sdopt.fidelity.scene import Scene
@@ -221,11 +222,17 @@ def test_the_budget_is_the_recipes(verify: dict[str, float], monkeypatch: pytest
 
 
 def test_where_nothing_is_quantised_after_all_no_budget_counts(pictures: Pictures) -> None:
-    pictures.engines = QUANTIZED
+    pictures.engines = GOOD
     pictures.judge.set_base(pictures.draft)
-    assert pictures.verdict_on(QUANTIZED, "a").verdict is Verdict.PASS, "as good as its base"
+    assert pictures.verdict_on(QUANTIZED, "a").verdict is Verdict.PASS, "within the budget"
     pictures.judge.drop_base()
     assert pictures.verdict_on(QUANTIZED, "b").verdict is Verdict.FAIL, "and no engine of 16 bits may draw so"
+
+
+def test_16_bit_engines_that_fail_are_no_base(pictures: Pictures) -> None:
+    pictures.engines = QUANTIZED
+    with pytest.raises(FidelityError, match="do not draw what torch draws"):
+        pictures.judge.set_base(pictures.draft)
 
 
 def test_a_verdict_of_another_budget_is_not_taken_from_the_store(pictures: Pictures) -> None:

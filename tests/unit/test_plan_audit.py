@@ -46,7 +46,8 @@ def test_a_plan_that_is_what_was_asked_for_passes() -> None:
         ({"weights_found": 0}, "of 10 that were looked for in it, 0 are there"),
         ({"other_precision": ("node_conv (fp32)",)}, r"1 layers do not: node_conv \(fp32\)"),
         ({"attention_native": 0}, "written out: node_Softmax_7, node_Softmax_9"),
-        ({"require_fused": True, "attention_fused": False}, "not fused"),
+        ({"require_fused": True, "attention_fused": False, "fused_kernels": 1}, "not fused: 1 of 2 layers have a ded"),
+        ({"require_fused": True, "attention_fused": False}, "not fused: not all layers have a dedicated kernel"),
         ({"require_fused": True, "native": False, "attention_native": 1}, "2 attention layers in torch and 1"),
     ],
 )
@@ -60,7 +61,7 @@ def test_each_fault_is_refused_and_named(changes: dict[str, Any], named: str) ->
 def test_what_was_asked_for_is_no_fault() -> None:
     judge(zero_share=0.55, weights_zero_share=0.5)  # a pruned checkpoint
     judge(native=False, attention_native=0, attention_fused=False)  # opset 18 writes attention out
-    judge(attention_fused=False)  # only --require-fused insists
+    judge(attention_fused=False, fused_kernels=1)  # only --require-fused insists
     judge(kind="tensorrt", weights_found=0)  # its kernels have layouts of their own
     judge(attention_layers=0, attention_native=0, attention_fused=False, require_fused=True)
 

@@ -63,3 +63,20 @@ def test_inspect_shows_the_gpu_memory_of_a_build_that_used_one(
     text = " ".join(result.stderr.split())
     assert f"built in 1.0 s (side by side){words}" in text
     assert ("of a GPU" in text) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"fused_kernels": 0, "attention_fused": False}, "attention 1 of 1 native, 0 of 1 fused;"),
+        ({"fused_kernels": 1}, "1 of 1 fused;"),
+        ({}, "all fused by the builder's word, no kernel seen;"),
+        ({"attention_fused": False}, "not all fused;"),
+    ],
+)
+def test_inspect_claims_no_more_kernels_than_were_seen(found: dict[str, Any], words: str, tmp_path: Path) -> None:
+    plan = make_plan()
+    plan = plan.model_copy(update={"audit": plan.audit.model_copy(update=found)})
+    write_plan_bundle(tmp_path / "bundle", {plan.file: make_plan_file()}, [plan])
+    result = CliRunner().invoke(inspect, [str(tmp_path / "bundle")])
+    assert words in " ".join(result.stderr.split())

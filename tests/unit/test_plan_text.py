@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.backends.tensorrt.plan_text import count_kernels, find_widened, read_kernels
+from sdopt.backends.tensorrt.plan_text import count_attention, count_kernels, find_widened, read_kernels
 from sdopt.model.quantization import Scheme
 
 # Lines of a plan of TensorRT-RTX 1.7, shortened.
@@ -63,6 +63,13 @@ def test_kernels_are_counted_by_kind_and_operands(tmp_path: Path) -> None:
         "attention fp16": 1, "convolution fp16": 1, "convolution int8": 1, "convolution unknown x int8": 1,
         "matmul fp16": 1, "matmul fp16 x int4": 1, "matmul fp8": 1, "matmul int8": 1,
     }  # fmt: skip
+
+
+def test_attention_is_counted_where_there_are_kernels_to_count(tmp_path: Path) -> None:
+    assert count_attention(read_kernels(write_plan(tmp_path / "plan", TEXT))) == 1
+    written_out = TEXT.replace("mha", "Softmax").replace("attention", "Softmax").replace("flash", "Softmax")
+    assert count_attention(read_kernels(write_plan(tmp_path / "plan", written_out))) == 0
+    assert count_attention(read_kernels(write_plan(tmp_path / "plan"))) is None
 
 
 def test_layers_that_the_plan_widens_are_named(tmp_path: Path) -> None:

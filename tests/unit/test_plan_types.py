@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from sdopt.build.plans import wanted
-from sdopt.build.plans.wanted import require_types
+from sdopt.build.plans.wanted import require_types, requires_fused
 from sdopt.build.resolve import BuildPlan, resolve_build
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import MissingHardware, RecipeError
@@ -77,3 +77,12 @@ def test_the_gpu_of_this_machine_is_hardware(plan: BuildPlan, monkeypatch: pytes
     with pytest.raises(MissingHardware, match="sm86 has no FP8"):
         require_types(ask(plan, Target(Runtime.TENSORRT), Scheme.FP8))
     require_types(ask(plan, Target(Runtime.TENSORRT), Scheme.INT8))
+
+
+def test_fused_attention_is_insisted_on_where_a_kernel_can_be_had(plan: BuildPlan) -> None:
+    """The VAE's one head of 512 numbers has none in TensorRT-RTX 1.7."""
+    insisting = dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"require_fused": True}))
+    assert {name for name in ComponentName if requires_fused(insisting, name)} == {
+        ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2, ComponentName.UNET
+    }  # fmt: skip
+    assert not any(requires_fused(plan, name) for name in ComponentName)

@@ -120,9 +120,7 @@ class Layers:
         scales |= {f"{name}.smooth": smooth_of(name) for name, choice in choices.items() if choice.smooth}
         save_file(scales, self.folder / "scales.safetensors")
         tensors = read_header(self.folder / "checkpoint.safetensors").tensors
-        return stock_layers(
-            self.folder, self.dtype, find_layers(self.folder), choices, tensors, self.folder / "scales.safetensors"
-        )
+        return stock_layers(self.folder, self.dtype, choices, tensors, self.folder / "scales.safetensors")
 
 
 def smooth_of(layer: str) -> Tensor:
@@ -164,7 +162,10 @@ def run_openvino(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     hints = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     network = core.compile_model(core.read_model(path), "CPU", hints)
     results = network({name: value.numpy() for name, value in inputs.items()})
-    return {port.get_any_name(): torch.from_numpy(value.copy()).float() for port, value in results.items()}
+    # A port may have the names of several values that became one.
+    return {
+        name: torch.from_numpy(value.copy()).float() for port, value in results.items() for name in port.get_names()
+    }
 
 
 RUNTIMES = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}
@@ -245,7 +246,7 @@ def test_a_quantised_graph_computes_what_fake_quantisation_computes(kind: str, r
     inputs = make_inputs_of_layers(layers.dtype)
     outputs = RUNTIMES[runtime](layers.quantize(choices), inputs)
     expected, exact = compute(layers, choices, inputs), compute(layers, {}, inputs)
-    assert outputs.keys() == expected.keys()
+    assert outputs.keys() >= expected.keys()
     for name, value in expected.items():
         assert distance(outputs[name], value) < CLOSE[layers.dtype], name
         if (choice := choices.get(name.removesuffix("_out"))) is None:
@@ -349,12 +350,14 @@ def test_smoothed_inputs_are_no_pair_of_two_layers(layers: Layers) -> None:
     assert len({node.input[1] for node in smoothed}) == 3
 
 
-def test_a_table_stays_small_while_it_runs(layers: Layers) -> None:
-    """Only the rows that are looked up are widened, not the table."""
+def test_a_table_is_widened_before_it_is_looked_up(layers: Layers) -> None:
+    """TensorRT-RTX takes no other form, and gathers from the INT8 table."""
     path = layers.quantize(choose(W8, "table"))
     (user,) = [node for node in check_graph_file(path).graph.node if "table.weight" in node.input]
-    assert user.op_type == "Gather"
-    assert not nodes_of(path, "DequantizeLinear")
+    assert user.op_type == "DequantizeLinear"
+    (gather,) = nodes_of(path, "Gather")
+    assert gather.input[0] == user.output[0]
+    assert not nodes_of(path, "QuantizeLinear")
 
 
 def test_weights_of_two_layers_and_of_no_matrix_are_no_layers(layers: Layers) -> None:
@@ -459,7 +462,7 @@ def stock_calibrated(built: Built, choices: Mapping[str, LayerChoice]) -> Stock:
         network(*inputs.values())
     save_file(scales, built.files.folder / "scales.safetensors")
     return stock_layers(
-        built.files.folder, built.dtype, find_layers(built.files.folder), choices, built.tensors,
+        built.files.folder, built.dtype, choices, built.tensors,
         built.files.folder / "scales.safetensors",
     )  # fmt: skip
 

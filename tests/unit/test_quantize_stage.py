@@ -82,7 +82,7 @@ class Bench:
         blocks = [self.blocks[name][group] for group in groups]
         took_ns = round(BASE_NS * (1 - sum(block.saves for block in blocks)))
         return TrialRecord(
-            error=math.hypot(*(block.error for block in blocks)), base_error=BASE_ERROR,
+            error=math.hypot(BASE_ERROR, *(block.error for block in blocks)), base_error=BASE_ERROR,
             base_ns=[BASE_NS] * 8 if self.timed else [], trial_ns=[took_ns] * 8 if self.timed else [],
             integer_layers=sum(block.layers - block.floats for block in blocks),
         )  # fmt: skip
@@ -235,7 +235,7 @@ def test_a_block_that_int8_breaks_and_one_that_it_slows_down_stay_in_16_bits(mak
     record = workshop.result.draft.components[UNET].quantization
     assert [block.name for block in record.blocks] == list(blocks), "in the order of the graph"
     assert record.quantized_layers == 4
-    assert record.error == pytest.approx(math.hypot(0.005, 0.01))
+    assert record.error == pytest.approx(math.hypot(BASE_ERROR, 0.005, 0.01))
     assert record.base_error == BASE_ERROR
     assert record.speedup.value == pytest.approx(1 / 0.9)
     assert record.integer_layers == 4

@@ -1,9 +1,12 @@
 """What is in a network and in its plan, beside what was asked for. A build can succeed and be wrong.
 
 Without a GPU no inspector can look into a plan, so the evidence is: the layers of the network that the builder was
-given, the builder's promise (attention that may not be decomposed has a dedicated kernel, or the build fails), and the
-bytes of the plan, which must hold the weights of the graph and must not be full of zeros. Which kernels took quantised
-operands is read from the plan's own text where there is one (`plan_text.py`), and shown, not judged.
+given, the kernels that the plan's own text lists where it has one (`plan_text.py`), and the bytes of the plan, which
+must hold the weights of the graph and must not be full of zeros. Attention is counted among the kernels. Where none can
+be read, the builder's word stands for them: attention that may not be decomposed has a dedicated kernel, or the build
+fails. TensorRT-RTX 1.7 does not always keep it: where heads have 8 numbers or more than 256, in fp32, and for a single
+head of a single picture it may write attention out and say nothing. Which kernels took quantised operands is shown, not
+judged.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 @dataclass(frozen=True)
 class NetworkAudit:
     """What a network says of itself before it is built. `softmax` are the names of attention written out.
+
+    `attention_fused` is the builder's promise: there is attention, and none of it may be decomposed.
 
     `quantized` has the node and the scheme of each layer that is quantised as was asked for; `unquantized` names the
     others that were asked for, with what they are instead.
@@ -156,12 +161,18 @@ def judge_plan(
             hint='leave out dialect = "opset18", which writes attention out',
         )
     if require_fused and audit.attention_layers and not audit.attention_fused:
+        fused = "not all" if audit.fused_kernels is None else f"{audit.fused_kernels} of {audit.attention_layers}"
         raise AuditError(
-            f"attention in {component} is not fused: there is no dedicated kernel for its shapes",
-            hint="build for one static size, or leave out --require-fused",
+            f"attention in {component} is not fused: {fused} layers have a dedicated kernel, and there is none for the "
+            "head size, the shapes or the precision of the others",
+            hint=FUSED_HINT,
         )
 
 
+FUSED_HINT = (
+    "leave out --require-fused, or build in fp16 or bf16 and for static sizes: TensorRT-RTX 1.7 has kernels for heads "
+    "of 16 to 256 numbers in 16 bits"
+)
 _REPORT = "this is a defect of TensorRT or of sdopt: please report it with sdopt inspect --json of the graph"
 
 

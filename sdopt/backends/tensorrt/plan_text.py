@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,11 @@ def read_kernels(plan: Path) -> tuple[Kernel, ...]:
 
 def count_kernels(kernels: Iterable[Kernel]) -> dict[str, int]:
     return dict(sorted(Counter(str(kernel) for kernel in kernels).items()))
+
+
+def count_attention(kernels: Collection[Kernel]) -> int | None:
+    """Kernels that compute a whole attention layer each; None where no kernel could be read."""
+    return sum(kernel.kind == "attention" for kernel in kernels) if kernels else None
 
 
 def find_widened(kernels: Iterable[Kernel], nodes: Mapping[str, tuple[str, Scheme]]) -> tuple[str, ...]:

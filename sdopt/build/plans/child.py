@@ -92,12 +92,12 @@ def _is_for_this_gpu(job: PlanJob) -> bool:
 
 def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     """Parse, audit the network, build, audit the plan. (SHA-256 of the plan, its audit, the library's version)."""
-    from sdopt.backends.tensorrt.audit import allow_decomposed_attention, audit_network, judge_plan
+    from sdopt.backends.tensorrt.audit import FUSED_HINT, allow_decomposed_attention, audit_network, judge_plan
     from sdopt.backends.tensorrt.builder import BuildOptions, NoFusedKernelError, build_plan
     from sdopt.backends.tensorrt.inspector import inspect_attention
     from sdopt.backends.tensorrt.library import load_library
     from sdopt.backends.tensorrt.network import parse_graph
-    from sdopt.backends.tensorrt.plan_text import count_kernels, find_widened, read_kernels
+    from sdopt.backends.tensorrt.plan_text import count_attention, count_kernels, find_widened, read_kernels
     from sdopt.graph.audit import check_graph_file
     from sdopt.graph.scalars import lift_scalars
 
@@ -114,9 +114,9 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
         except NoFusedKernelError as error:
             if job.require_fused:
                 raise AuditError(
-                    f"attention in {job.component} cannot be fused: {library.__name__} has no dedicated kernel for its "
-                    "shapes",
-                    hint="build for one static size, or leave out --require-fused",
+                    f"attention in {job.component} cannot be fused: {library.__name__} has no dedicated kernel for the "
+                    "head size, the shapes or the precision of some of it",
+                    hint=FUSED_HINT,
                 ) from error
             allow_decomposed_attention(parsed.network, library)
             built = build_plan(parsed, options, job.output, label=label)
@@ -126,13 +126,15 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
                 search.search_everywhere(data)
         network = audit_network(parsed.network, library, job.precision, job.quantized)
         kernels = read_kernels(job.output) if job.kind == "tensorrt-rtx" else ()
+        listed = count_attention(kernels)
+        inspected = inspect_attention(library, job.output) if listed is None and _is_for_this_gpu(job) else None
         audit = PlanAudit(
             attention_layers=job.attention_layers, attention_native=network.attention_native,
-            attention_fused=network.attention_fused, compute_layers=network.compute_layers,
+            attention_fused=network.attention_fused if listed is None else listed >= job.attention_layers > 0,
+            fused_kernels=inspected if listed is None else listed, compute_layers=network.compute_layers,
             other_precision=network.other_precision, plan_bytes=built.size_bytes, weights_bytes=parsed.weights_bytes,
             zero_share=round(built.zero_share, 6), weights_zero_share=round(parsed.weights_zero_share, 6),
             weights_sampled=search.sampled, weights_found=search.found,
-            fused_kernels=inspect_attention(library, job.output) if _is_for_this_gpu(job) else None,
             quantized_layers=len(network.quantized), quantized_sampled=search.quantized_sampled,
             quantized_found=search.quantized_found, kernels=count_kernels(kernels),
             widened_layers=find_widened(kernels, network.quantized),

@@ -32,6 +32,7 @@ from sdopt.build.plans.wanted import (
     list_wanted,
     peak_bytes,
     pixels_per_latent,
+    requires_fused,
 )
 from sdopt.build.resolve import BuildPlan
 from sdopt.errors import MissingHardware, SdoptError
@@ -199,7 +200,7 @@ def _describe_job(shop: _Workshop, wanted: WantedPlan, rung: Rung, output: Path)
         weights=shop.staging / name / WEIGHTS_NAME, output=output, generation=wanted.generation,
         profiles=tuple(dict(table) for table in input_shapes(part.spec, wanted.profile, pixels_per_latent(plan))),
         attention_layers=shop.audits[name].attention_layers, native=plan.recipe.dialect is Dialect.NATIVE_ATTENTION,
-        require_fused=plan.recipe.require_fused, rung=rung, memory_limit_bytes=limit_bytes,
+        require_fused=requires_fused(plan, name), rung=rung, memory_limit_bytes=limit_bytes,
         timing_cache=_timing_cache(shop, wanted.generation), quantized=dict(part.quantized),
     )  # fmt: skip
 

@@ -28,6 +28,9 @@ _COPIES_QUANTIZED = 2.4
 _FIRST_GENERATIONS = {Scheme.FP8: 89, Scheme.INT4_WEIGHTS: 80}
 _FIRST_PORTABLE = 80
 
+# Counts what the audit looks at: a plan that was audited otherwise is built again, so that its record says as much.
+_AUDIT = 2
+
 Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input."""
 Shapes = tuple[tuple[tuple[str, Bounds], ...], ...]
@@ -57,11 +60,21 @@ def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) ->
                 key = digest_of(
                     {"graph": part.architecture, "weights": weights[name].sha256, "shapes": shape,
                      "kind": part.backend.kind, "version": library_version(plan), "generation": generation,
-                     "system": describe_system(), "require_fused": plan.recipe.require_fused}
+                     "system": describe_system(), "require_fused": requires_fused(plan, name), "audit": _AUDIT}
                     | ({"quantized": dict(part.quantized)} if part.quantized else {})
                 )  # fmt: skip
                 wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key))
     return wanted
+
+
+def requires_fused(plan: BuildPlan, component: ComponentName) -> bool:
+    """Whether the plan of a component is refused where its attention is not fused: never for the VAE's halves.
+
+    Each has one attention layer and runs once a picture. Its single head of 512 numbers, which SD 1.x, 2.x and XL
+    have alike, has no kernel in TensorRT-RTX 1.7: to insist on one would be to insist on no bundle at all.
+    """
+    vae = component in (ComponentName.VAE_DECODER, ComponentName.VAE_ENCODER)
+    return plan.recipe.require_fused and not vae
 
 
 def generations(plan: BuildPlan) -> tuple[str, ...]:

@@ -129,5 +129,9 @@ class Candidate:
         wanted = sum(choice.scheme is Scheme.INT8 for choice in layers.values())
         found = wanted if record.integer_layers is None else record.integer_layers
         return Measurement(
-            error=record.error, speedup=record.speedup, slower_ns=record.slower_ns, float_layers=max(0, wanted - found)
+            error=record.error,
+            base_error=record.base_error,
+            speedup=record.speedup,
+            slower_ns=record.slower_ns,
+            float_layers=max(0, wanted - found),
         )

@@ -1,15 +1,15 @@
 """Which groups of layers stay quantised. Pure decisions: what is measured comes in as a function.
 
-Each group is tried alone: one that is no faster, or whose error the component's output does not bear, is out. What is
-left is put together, the least harm for its gain first, as far as the output bears it. Errors of independent roundings
-add up in quadrature, so that sum picks the first set to try; what decides is the measurement of the set itself, which
-has to be faster beyond doubt.
+Each group is tried alone: one that is slower beyond doubt, or whose error the component's output does not bear, is out.
+What is left is put together, the least harm for its gain first, as far as the output bears it: a group that alone makes
+no difference in time saves half of its weights. Errors of independent roundings add up in quadrature, so that sum picks
+the first set to try; what decides is the measurement of the set itself, which has to be faster beyond doubt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdopt.artifacts.manifest import SpeedupRecord
@@ -18,6 +18,9 @@ from sdopt.model.quantization import Scheme
 LEAST_GAIN = 1.02
 """What the whole component has to gain in speed: less is no difference."""
 
+# Half of a block's weights counts as much as this share of the component's time.
+_MEMORY_GAIN = 0.05
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -25,13 +28,19 @@ class Measurement:
 
     `error` is |a-b|/|b| of its outputs on held-out inputs, against torch fp32. `speedup` is None where the engine does
     not run on this machine; `slower_ns` is what a run takes longer. `float_layers` are those of the quantised layers
-    that the engine does not compute in 8 bits.
+    that the engine does not compute in 8 bits. `base_error` is that of the 16-bit engine.
     """
 
     error: float
     speedup: SpeedupRecord | None = None
     slower_ns: float = 0.0
     float_layers: int = 0
+    base_error: float = 0.0
+
+    @property
+    def added_error(self) -> float:
+        """What quantisation adds to the 16-bit engine's error, in quadrature."""
+        return math.sqrt(max(0.0, self.error**2 - self.base_error**2))
 
 
 # No figure says anything of an output that is a hundred times as far from torch's as 0 is.
@@ -67,7 +76,7 @@ def choose_groups(groups: Mapping[str, Scheme], measure: Measure, *, error_limit
         measured = measure((name,))
         verdicts[name] = GroupVerdict(measured, _find_fault(scheme, measured, error_limit, slack_ns))
     kept = sorted((n for n, v in verdicts.items() if not v.reason), key=lambda name: harm_of(verdicts[name].measured))
-    while kept and math.hypot(*(verdicts[name].measured.error for name in kept)) > error_limit:
+    while kept and _add_up([verdicts[name].measured for name in kept]) > error_limit:
         _drop(verdicts, kept.pop(), error_limit)
     together = None
     while kept:
@@ -84,10 +93,15 @@ def choose_groups(groups: Mapping[str, Scheme], measure: Measure, *, error_limit
 
 
 def harm_of(measured: Measurement) -> float:
-    """Error in quadrature for the time that it buys."""
+    """Error in quadrature for what it buys: time, and memory."""
     speedup = measured.speedup
-    gain = 1.0 if speedup is None else max(1 - 1 / speedup.value, 1e-6)
-    return measured.error**2 / gain
+    faster = 0.0 if speedup is None else max(0.0, 1 - 1 / speedup.value)
+    return measured.added_error**2 / (faster + _MEMORY_GAIN)
+
+
+def _add_up(measured: Sequence[Measurement]) -> float:
+    """What the error of all together would be, were their roundings independent."""
+    return math.hypot(measured[0].base_error, *(each.added_error for each in measured))
 
 
 def _drop(verdicts: dict[str, GroupVerdict], name: str, error_limit: float) -> None:
@@ -107,8 +121,8 @@ def _find_fault(scheme: Scheme, measured: Measurement, error_limit: float, slack
     speedup = measured.speedup
     if speedup is None:
         return ""
-    if scheme.quantizes_activations and speedup.value <= 1.0:
-        return f"{'slower' if speedup.high < 1.0 else 'no faster'}: {_format(speedup)}"
+    if scheme.quantizes_activations and speedup.high < 1.0:
+        return f"slower: {_format(speedup)}"
     if not scheme.quantizes_activations and measured.slower_ns > slack_ns:
         return f"slower by {measured.slower_ns / 1e6:.1f} ms, of which {slack_ns / 1e6:.1f} ms are borne"
     return ""
@@ -116,6 +130,8 @@ def _find_fault(scheme: Scheme, measured: Measurement, error_limit: float, slack
 
 def find_loss(scheme: Scheme, together: Measurement, slack_ns: float) -> str:
     """Why groups that are quantised together do not pay; empty where they do."""
+    if scheme.quantizes_activations and together.float_layers:
+        return f"together, {together.float_layers} layers would not compute in 8 bits"
     speedup = together.speedup
     if speedup is None:
         return ""

@@ -89,7 +89,7 @@ def quantize(shop: Shop) -> Quantized:
         shop.pictures.drop_base()
     if recipe.require_quantized and not any(candidate.kept for candidate in candidates):
         raise FidelityError(
-            f"no block pays in {recipe.precision}: {explain_none(candidates)}",
+            f"no block pays with {recipe.quantization_file}: {explain_none(candidates)}",
             hint="leave out --require for a bundle in 16 bits; sdopt inspect then shows each block's figures",
         )
     return Quantized(_replan(shop.plan, candidates), _redraft(shop, candidates, trajectories, weights), weights)
@@ -132,7 +132,7 @@ def _prepare(shop: Shop, name: ComponentName, trajectories: Trajectories) -> Can
     scales = None
     if settings.scheme.quantizes_activations:
         scales = calibrate(part, list(choices), trajectories, calibration, shop.store, shop.cache)
-    stock = stock_layers(folder, part.graph_dtype, layers, choices, part.tensors, scales)
+    stock = stock_layers(folder, part.graph_dtype, choices, part.tensors, scales)
     runtime, timed = _find_runtime(shop, name)
     job = TrialJob(
         stock, part.spec, dict(read_config(shop.staging.folder, name)), plan.checkpoint.family, dict(plan.extents),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STAGE = "block"
 # Raise it when what is measured changes: nothing of before is used again.
-FORMAT = 1
+FORMAT = 2
 _RECORD_NAME = "measured.json"
 _TRIAL_NAME = "trial.onnx"
 # JSON knows no infinity; this is above any limit.

@@ -42,14 +42,14 @@ def find_layers(folder: Path) -> dict[str, QuantizableLayer]:
 
 
 def stock_layers(
-    folder: Path, graph_dtype: DType, layers: Mapping[str, QuantizableLayer], choices: Mapping[str, LayerChoice],
-    tensors: Mapping[str, TensorRef], scales: Path | None,
+    folder: Path, graph_dtype: DType, choices: Mapping[str, LayerChoice], tensors: Mapping[str, TensorRef],
+    scales: Path | None,
 ) -> Stock:  # fmt: skip
     """Quantise every layer of `choices` from the checkpoint's tensors. `scales` is what calibration found."""
     found = _read_scales(scales) if scales is not None else {}
     quantized = {
         name: QuantizedLayer(
-            tensors[weight_name(name)], choice.scheme, layers[name].op == "Gather",
+            tensors[weight_name(name)], choice.scheme,
             float(found[f"{name}.input_amax"]) if choice.scheme.quantizes_activations else None,
             found[f"{name}.smooth"] if choice.smooth else None,
         )
