@@ -123,7 +123,7 @@ def _find_fault(scheme: Scheme, measured: Measurement, error_limit: float, slack
         return ""
     if scheme.quantizes_activations and speedup.high < 1.0:
         return f"slower: {_format(speedup)}"
-    if not scheme.quantizes_activations and measured.slower_ns > slack_ns:
+    if not scheme.quantizes_activations and speedup.high < 1.0 and measured.slower_ns > slack_ns:
         return f"slower by {measured.slower_ns / 1e6:.1f} ms, of which {slack_ns / 1e6:.1f} ms are borne"
     return ""
 
@@ -137,7 +137,7 @@ def find_loss(scheme: Scheme, together: Measurement, slack_ns: float) -> str:
         return ""
     if scheme.quantizes_activations and not (speedup.low > 1.0 and speedup.value >= LEAST_GAIN):
         return f"all together are not faster: {_format(speedup)}"
-    if not scheme.quantizes_activations and together.slower_ns > slack_ns:
+    if not scheme.quantizes_activations and speedup.high < 1.0 and together.slower_ns > slack_ns:
         return f"all together are slower by {together.slower_ns / 1e6:.1f} ms"
     return ""
 
