@@ -115,8 +115,9 @@ def require_types(plan: BuildPlan) -> None:
 
     `RecipeError` for a generation that was asked for, `MissingHardware` for that of the GPU in this machine.
     """
-    schemes = _wanted_schemes(plan)
-    for generation in generations(plan):
+    schemes = _wanted_schemes(plan) & _FIRST_GENERATIONS.keys()
+    # Without such a type nothing is asked of a GPU, which `tensorrt` would have to find.
+    for generation in generations(plan) if schemes else ():
         number = _FIRST_PORTABLE if generation == PORTABLE else int(generation.removeprefix("sm"))
         for scheme, first in _FIRST_GENERATIONS.items():
             if scheme in schemes and number < first:
