@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.artifacts.manifest import EnvironmentRecord, ImageFidelity
+from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench.report import (
     BenchReport,
+    CandidateKind,
     CandidateRecord,
     CaseRecord,
+    Conditions,
     DeviceMemoryRecord,
     MachineRecord,
     MethodRecord,
+    PictureRecord,
     ProcessRecord,
     Stage,
     Status,
@@ -59,9 +62,9 @@ def make_gpu_processes() -> tuple[ProcessRecord, ...]:
     )
 
 
-def make_fidelity(prompts: tuple[str, ...], psnr_db: float | None = 45.0) -> tuple[ImageFidelity, ...]:
+def make_fidelity(prompts: tuple[str, ...], psnr_db: float | None = 45.0) -> tuple[PictureRecord, ...]:
     return tuple(
-        ImageFidelity(
+        PictureRecord(
             prompt=prompt, seed=index, psnr_db=psnr_db, ssim=0.985, ms_ssim=0.99, latent_cosine_min=0.999,
             noise_floor_psnr_db=None, noise_floor_ssim=1.0,
         )
@@ -78,6 +81,7 @@ def make_candidate(name: str, whole_ms: tuple[int, ...], prompts: tuple[str, ...
         "precision": Precision.BF16 if engines else Precision.FP32,
         "settings": {ComponentName.UNET: settings},
         "status": Status.OK,
+        "kind": CandidateKind.ENGINES if engines else CandidateKind.TORCH,
         "processes": (make_process(0, whole_ms), make_process(3, whole_ms)),
         "fidelity": make_fidelity(prompts, 45.0 if engines else None),
     }
@@ -97,7 +101,9 @@ def make_report(
             sdopt="0.1", python="3.11", system="Linux x86_64", processor="A processor", cpu_features=("avx2",),
             libraries={"torch": "2.13"},
         ),
-        machine=MachineRecord(logical_cores=2, memory_bytes=24_000_000_000, neighbours_cores=0.02),
+        machine=MachineRecord(
+            logical_cores=2, memory_bytes=24_000_000_000, conditions=Conditions(neighbours_cores=0.02)
+        ),
         method=MethodRecord(
             repeats=2, least_pictures=2, most_pictures=10, picture_budget_s=6, time_limit_s=1800,
             order=("engines", "eager-fp32", "eager-fp32", "engines"), command="sdopt bench out/b --report out/r",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from sdopt.bench.report import MachineRecord
+from sdopt.bench.report import Conditions, MachineRecord
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_machine(before: CpuUse) -> MachineRecord:
     return MachineRecord(
         logical_cores=len(_own_cores()),
         memory_bytes=int(psutil.virtual_memory().total),
-        neighbours_cores=round(max(0.0, others_s / max(1e-9, now.at_s - before.at_s)), 3),
+        conditions=Conditions(neighbours_cores=round(max(0.0, others_s / max(1e-9, now.at_s - before.at_s)), 3)),
     )
 
 

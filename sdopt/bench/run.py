@@ -18,7 +18,16 @@ from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ImageFidelity, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.environment import measure_machine, read_cpu_use
-from sdopt.bench.report import BenchReport, CandidateRecord, CaseRecord, MethodRecord, ProcessRecord, Status
+from sdopt.bench.report import (
+    BenchReport,
+    CandidateKind,
+    CandidateRecord,
+    CaseRecord,
+    MethodRecord,
+    PictureRecord,
+    ProcessRecord,
+    Status,
+)
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
@@ -183,7 +192,9 @@ def _record_row(row: _Row, manifest: BundleManifest, fidelity: tuple[ImageFideli
     return CandidateRecord(
         name=row.candidate.name, label=row.candidate.label,
         precision=row.candidate.precision, settings=row.candidate.settings_by_component(manifest),
-        status=row.status, message=row.message, processes=tuple(row.processes), fidelity=fidelity,
+        status=row.status, message=row.message, processes=tuple(row.processes),
+        fidelity=tuple(PictureRecord.model_validate(each.model_dump()) for each in fidelity),
+        kind=CandidateKind.ENGINES if row.candidate.settings is None else CandidateKind.TORCH,
     )  # fmt: skip
 
 

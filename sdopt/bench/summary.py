@@ -105,8 +105,8 @@ def describe_result(report: BenchReport) -> str:
     first = f"{engines.label} draws {what} in {format_ns(whole.median_ns if whole else None)}"
     if speeds:
         first += f": {_join(speeds)}"
-    if report.machine.was_shared:
-        shared = f"{report.machine.neighbours_cores:.1f} of {report.machine.logical_cores} cores"
+    if report.machine.conditions.was_shared:
+        shared = f"{report.machine.conditions.neighbours_cores:.1f} of {report.machine.logical_cores} cores"
         first += f". Other programs kept {shared} busy, so measure again before you believe the times"
     return f"{first}. {_describe_pictures(report, engines)}{_describe_device_memory(engines)}"
 

@@ -41,7 +41,7 @@ def test_raw_samples_are_stored_and_statistics_are_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 4}, "has schema 4"),
+        ({"schema_version": 5}, "has schema 5"),
         ({"extra": 1}, "extra"),
         ({"candidates": []}, "candidates"),
         ({"case": {}}, "case"),
@@ -78,14 +78,18 @@ def test_samples_are_grouped_by_process() -> None:
     assert engines.samples_of(Stage.VAE_ENCODER) == ()
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_report_of_an_older_schema_is_read(tmp_path: Path, version: int) -> None:
     values = json.loads(make_report().to_json()) | {"schema_version": version}
     del values["case"]["quantization"]
+    values["machine"] |= values["machine"].pop("conditions")
+    for new in ("clock_mhz", "throttled", "steal_cores", "clock_steps"):
+        del values["machine"][new]
     for candidate in values["candidates"]:
+        del candidate["kind"]
         for process in candidate["processes"]:
             del process["peak_device_bytes"], process["torch_peak_device_bytes"], process["device_memory"]
     (tmp_path / "report.json").write_text(json.dumps(values))
     report = read_report(tmp_path / "report.json")
     assert report == make_report()
-    assert report.schema_version == SCHEMA_VERSION == 3
+    assert report.schema_version == SCHEMA_VERSION == 4

@@ -198,7 +198,7 @@ def test_fp16_on_a_cpu_is_skipped_with_the_reason() -> None:
 def test_a_neighbour_is_noticed_and_the_benchs_own_work_is_not() -> None:
     before = read_cpu_use()
     later = CpuUse(before.at_s - 10, before.busy_s - 20, before.own_s - 15)
-    assert measure_machine(later).neighbours_cores == pytest.approx(0.5, abs=0.1)
-    assert measure_machine(later).was_shared
+    assert measure_machine(later).conditions.neighbours_cores == pytest.approx(0.5, abs=0.1)
+    assert measure_machine(later).conditions.was_shared
     alone = CpuUse(before.at_s - 10, before.busy_s - 20, before.own_s - 20)
-    assert measure_machine(alone).neighbours_cores < 0.1
+    assert measure_machine(alone).conditions.neighbours_cores < 0.1

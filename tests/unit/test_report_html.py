@@ -8,7 +8,7 @@ import re
 import pytest
 
 from sdopt.bench.render import encode_picture, render_html, shorten
-from sdopt.bench.report import Status
+from sdopt.bench.report import Conditions, Status
 from sdopt.bench.summary import describe_result, format_bytes, format_ns
 from sdopt.fidelity.metrics import to_picture
 from tests.planted_reports import (
@@ -183,7 +183,8 @@ def test_sentences_of_other_results() -> None:
         make_report(("a red circle", "a star"), heard, fidelity=heard.fidelity)
     )
     shared = make_report()
-    shared = shared.model_copy(update={"machine": shared.machine.model_copy(update={"neighbours_cores": 1.3})})
+    busy = shared.machine.model_copy(update={"conditions": Conditions(neighbours_cores=1.3)})
+    shared = shared.model_copy(update={"machine": busy})
     assert "kept 1.3 of 2 cores busy" in describe_result(shared)
     unknown = make_report(fidelity=())
     assert "were not compared" in describe_result(unknown)
