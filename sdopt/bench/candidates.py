@@ -7,8 +7,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bench.report import CandidateKind
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.verdict import least_precision
@@ -44,19 +46,28 @@ _ON_GPU = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """`settings` of None are the engines as the manifest names them.
+    """One way to draw the scene. `settings` of None are the engines as its own manifest names them.
 
-    `precision` is the coarsest that it computes in; `missing` says why it cannot run here.
+    `name` is unique in a run and safe as a file's name. `folder` and `manifest` are those of the bundle that it opens:
+    the measured one, except for another bundle's engines. `precision` is the coarsest that it computes in. `python` is
+    the interpreter of a peer's own environment. `missing` says why it cannot run here.
     """
 
     name: str
     label: str
     precision: Precision
     settings: BackendSettings | None
+    folder: Path
+    manifest: BundleManifest
+    kind: CandidateKind
+    python: Path | None = None
     missing: str = ""
 
-    def settings_by_component(self, manifest: BundleManifest) -> dict[ComponentName, BackendSettings]:
-        return {name: self.settings or record.backend for name, record in manifest.components.items()}
+    def settings_by_component(self) -> dict[ComponentName, BackendSettings]:
+        """What each component runs on; empty for a peer, whose settings are not ours."""
+        if self.kind is CandidateKind.PEER:
+            return {}
+        return {name: self.settings or record.backend for name, record in self.manifest.components.items()}
 
 
 def usual_baselines(manifest: BundleManifest) -> tuple[Baseline, ...]:
@@ -64,25 +75,36 @@ def usual_baselines(manifest: BundleManifest) -> tuple[Baseline, ...]:
     return (Baseline.EAGER_FP16, Baseline.COMPILE) if engines_use_gpu(manifest) else tuple(_ON_CPU)
 
 
-def list_candidates(manifest: BundleManifest, against: tuple[Baseline, ...] | None) -> tuple[Candidate, ...]:
-    """The engines first, then the baselines in the order asked for; None asks for the usual ones."""
-    engines = Candidate(ENGINES, label_engines(manifest), least_precision(manifest), None)
-    chosen = usual_baselines(manifest) if against is None else against
-    return (engines, *(_make_baseline(baseline, on_gpu=engines_use_gpu(manifest)) for baseline in chosen))
+def list_candidates(
+    folder: Path, manifest: BundleManifest, against: tuple[str, ...] | None, peer_python: Path | None = None
+) -> tuple[Candidate, ...]:
+    """The engines first, then what was asked for in that order, as `parse_against` gives it; None asks for the usual
+    baselines.
+    """
+    del peer_python
+    engines = Candidate(
+        ENGINES, label_engines(manifest), least_precision(manifest), None, folder, manifest, CandidateKind.ENGINES
+    )
+    chosen = usual_baselines(manifest) if against is None else tuple(Baseline(word) for word in against)
+    return (engines, *(_make_baseline(baseline, folder, manifest) for baseline in chosen))
 
 
-def _make_baseline(baseline: Baseline, *, on_gpu: bool) -> Candidate:
-    settings = _ON_GPU[baseline] if on_gpu else _ON_CPU.get(baseline)
+def _make_baseline(baseline: Baseline, folder: Path, manifest: BundleManifest) -> Candidate:
+    settings = _ON_GPU[baseline] if engines_use_gpu(manifest) else _ON_CPU.get(baseline)
     if settings is None:
         return Candidate(
-            baseline.value, "torch eager fp16", Precision.FP16, TorchSettings(precision=Precision.FP16),
+            baseline.value, "torch eager fp16", Precision.FP16, TorchSettings(precision=Precision.FP16), folder,
+            manifest, CandidateKind.TORCH,
             missing="torch computes in fp16 on a GPU, and these engines run on the CPU",
         )  # fmt: skip
     label = f"{_label_runtime(settings)} {settings.precision}"
-    return Candidate(baseline.value, label, settings.precision, settings, _find_missing(baseline))
+    return Candidate(
+        baseline.value, label, settings.precision, settings, folder, manifest, CandidateKind.TORCH,
+        missing=_find_missing(baseline),
+    )  # fmt: skip
 
 
-def parse_against(text: str) -> tuple[Baseline, ...]:
+def parse_against(text: str) -> tuple[str, ...]:
     """`'eager-fp32,compile'` as baselines, each once. Empty is none. Raises `UsageError` for an unknown
     one.
     """

@@ -20,7 +20,6 @@ from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import (
     BenchReport,
-    CandidateKind,
     CandidateRecord,
     CaseRecord,
     MethodRecord,
@@ -48,17 +47,19 @@ class BenchRequest:
     takes the usual baselines of the engines' device.
 
     `time_limit_s` is for each process; `command` is what the report tells the reader to run. `trust_engines` are
-    SHA-256 of plans that were not built here, or of a `bundle.json`.
+    SHA-256 of plans that were not built here, or of a `bundle.json`. `peer_python` is the interpreter of another tool's
+    environment.
     """
 
     folder: Path
-    against: tuple[Baseline, ...] | None = None
+    against: tuple[str, ...] | None = None
     prompts: tuple[str, ...] = ()
     steps: int = 20
     repeats: int = 2
     time_limit_s: float = 1800.0
     command: str = ""
     trust_engines: tuple[str, ...] = ()
+    peer_python: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     write_scene(request.folder, manifest, scene)
     rows = {
         candidate.name: _Row(candidate, work / f"{candidate.name}.safetensors")
-        for candidate in list_candidates(manifest, request.against)
+        for candidate in list_candidates(request.folder, manifest, request.against, request.peer_python)
     }
     order = interleave(list(rows), request.repeats)
     scheduler = ""
     for position, name in enumerate(order):
-        scheduler = _run_row(request, manifest, scene, rows[name], position, len(order)) or scheduler
+        scheduler = _run_row(request, scene, rows[name], position, len(order)) or scheduler
     drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
     reference, floor = _draw_references(request, manifest, scene, drawings, work)
     fidelity = (
@@ -122,7 +123,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
             picture_budget_s=_PICTURE_BUDGET_S, time_limit_s=request.time_limit_s, order=tuple(order),
             command=request.command,
         ),
-        candidates=tuple(_record_row(row, manifest, fidelity.get(name, ())) for name, row in rows.items()),
+        candidates=tuple(_record_row(row, fidelity.get(name, ())) for name, row in rows.items()),
     )  # fmt: skip
     return BenchResult(report, drawings, reference)
 
@@ -132,9 +133,7 @@ def interleave(names: Sequence[str], repeats: int) -> list[str]:
     return [name for repeat in range(repeats) for name in (names if repeat % 2 == 0 else reversed(names))]
 
 
-def _run_row(
-    request: BenchRequest, manifest: BundleManifest, scene: Scene, row: _Row, position: int, count: int
-) -> str:
+def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int) -> str:
     """Run a candidate once more, unless it failed before. Returns the scheduler's name or an empty string."""
     if row.candidate.missing:
         row.status, row.message = Status.SKIPPED, row.candidate.missing
@@ -142,8 +141,8 @@ def _run_row(
         return ""
     label = f"{row.candidate.label} ({position + 1} of {count})"
     arguments: JsonTable = {
-        "folder": str(request.folder),
-        "manifest": manifest.model_dump_json(),
+        "folder": str(row.candidate.folder),
+        "manifest": row.candidate.manifest.model_dump_json(),
         "settings": dump_settings(row.candidate.settings),
         "scene": scene.model_dump(mode="json"),
         "output": "" if row.processes else str(row.drawing),
@@ -188,13 +187,13 @@ def _draw_references(
         return reference, None
 
 
-def _record_row(row: _Row, manifest: BundleManifest, fidelity: tuple[ImageFidelity, ...]) -> CandidateRecord:
+def _record_row(row: _Row, fidelity: tuple[ImageFidelity, ...]) -> CandidateRecord:
     return CandidateRecord(
         name=row.candidate.name, label=row.candidate.label,
-        precision=row.candidate.precision, settings=row.candidate.settings_by_component(manifest),
+        precision=row.candidate.precision, settings=row.candidate.settings_by_component(),
         status=row.status, message=row.message, processes=tuple(row.processes),
         fidelity=tuple(PictureRecord.model_validate(each.model_dump()) for each in fidelity),
-        kind=CandidateKind.ENGINES if row.candidate.settings is None else CandidateKind.TORCH,
+        kind=row.candidate.kind,
     )  # fmt: skip
 
 

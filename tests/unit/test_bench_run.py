@@ -31,7 +31,7 @@ from sdopt.model.recipe import (
     VerifySettings,
 )
 from sdopt.model.shape import ShapeProfile
-from tests.planted_reports import MS, make_drawing, make_process
+from tests.planted_reports import BUNDLE, MS, make_drawing, make_process
 
 PROMPTS = ("a circle", "a star")
 
@@ -83,7 +83,7 @@ def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
 
 def test_compile_without_a_compiler_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates_module.shutil, "which", lambda name: None)
-    engines, eager, compiled = list_candidates(make_manifest(), (Baseline.EAGER_FP32, Baseline.COMPILE))
+    engines, eager, compiled = list_candidates(BUNDLE, make_manifest(), (Baseline.EAGER_FP32, Baseline.COMPILE))
     assert (engines.missing, eager.missing) == ("", "")
     assert "C++ compiler" in compiled.missing
 
@@ -174,7 +174,7 @@ def test_without_a_reference_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
 
 
 def test_torch_settings_of_the_baselines() -> None:
-    found = list_candidates(make_manifest(), None)
+    found = list_candidates(BUNDLE, make_manifest(), None)
     assert [c.name for c in found] == ["engines", "eager-fp32", "eager-bf16", "compile"]
     assert [c.label for c in found][1:] == ["torch eager fp32", "torch eager bf16", "torch.compile fp32"]
     assert found[3].settings == TorchSettings(compile=True)
@@ -183,15 +183,15 @@ def test_torch_settings_of_the_baselines() -> None:
 def test_beside_engines_of_a_gpu_torch_runs_there_as_fast_as_it_can() -> None:
     backend = TensorRTSettings(kind="tensorrt-rtx")
     manifest = make_manifest(unet=make_component(backend=backend, precision=Precision.FP16, plans=()))
-    found = list_candidates(manifest, None)
+    found = list_candidates(BUNDLE, manifest, None)
     assert [c.label for c in found] == ["TensorRT-RTX fp16", "torch eager fp16", "torch.compile fp16"]
     assert [c.settings.device for c in found[1:]] == ["cuda", "cuda"]  # type: ignore[union-attr]
-    every = list_candidates(manifest, tuple(Baseline))
+    every = list_candidates(BUNDLE, manifest, tuple(Baseline))
     assert {c.settings.device for c in every[1:]} == {"cuda"}  # type: ignore[union-attr]
 
 
 def test_fp16_on_a_cpu_is_skipped_with_the_reason() -> None:
-    _, fp16 = list_candidates(make_manifest(), (Baseline.EAGER_FP16,))
+    _, fp16 = list_candidates(BUNDLE, make_manifest(), (Baseline.EAGER_FP16,))
     assert "on a GPU" in fp16.missing
 
 
