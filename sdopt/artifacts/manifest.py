@@ -21,7 +21,7 @@ from sdopt.model.quantization import CalibrationSettings, ComponentQuantization,
 from sdopt.model.recipe import BackendSettings, BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "bundle.json"
 _LIMIT_BYTES = 16 << 20
 
@@ -282,8 +282,17 @@ class EnvironmentRecord(_Record):
     gpus: tuple[GpuRecord, ...] = ()
 
 
+class BuildRecord(_Record):
+    """How long the build took. Where steps were found in the store or left by a killed run, that is no build's time."""
+
+    wall_ns: int
+    """From the decided plan to the manifest; opening the checkpoint and publishing are not in it."""
+    reused: tuple[str, ...]
+    """Names of the stages of which something was found: `graph`, `parity`, `plan`, `weights` and the like."""
+
+
 class BundleManifest(_Record):
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     name: str
     created_utc: str
     family: Family
@@ -299,6 +308,8 @@ class BundleManifest(_Record):
     files: dict[str, FileRecord]
     fidelity: FidelityRecord
     environment: EnvironmentRecord
+    build: BuildRecord | None = None
+    """Null in bundles of before schema 4."""
 
     def to_json(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
@@ -329,8 +340,8 @@ def read_manifest(folder: Path) -> BundleManifest:
         )
     if version == 1:
         values = _migrate_1(values)
-    if version in (1, 2):
-        values = {**values, "schema_version": 3}  # which added quantisation, and took nothing away
+    if version in (1, 2, 3):
+        values = {**values, "schema_version": SCHEMA_VERSION}  # 3 added quantisation, 4 the time of the build
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:

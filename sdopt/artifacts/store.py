@@ -40,11 +40,23 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = (root or cache_root()) / "store"
+        self._new: set[tuple[str, str]] = set()
+        self._reused: set[str] = set()
+
+    @property
+    def reused(self) -> tuple[str, ...]:
+        """Stages of which this object found an entry that it had neither missed nor put before."""
+        return tuple(sorted(self._reused))
 
     def find(self, stage: str, key: str) -> Path | None:
         """The folder of an entry whose every file matches its digest, or None."""
         folder = self._place(stage, key)
-        return folder if _is_intact(folder) else None
+        if not _is_intact(folder):
+            self._new.add((stage, key))
+            return None
+        if (stage, key) not in self._new:
+            self._reused.add(stage)
+        return folder
 
     def put(self, stage: str, key: str, files: Mapping[str, bytes]) -> Path:
         """Add an entry and return its folder; a damaged one in its place is thrown away.
@@ -52,6 +64,7 @@ class Store:
         Raises `MissingHardware` on a full disk; nothing half-made is seen.
         """
         folder = self._place(stage, key)
+        self._new.add((stage, key))
 
         def fill(temporary: Path) -> dict[str, str]:
             for name, data in files.items():
@@ -70,7 +83,7 @@ class Store:
         """
         folder = self._place(stage, key)
         with disk_errors(folder), self._locked(stage, key):
-            if not _is_intact(folder):
+            if self.find(stage, key) is None:
                 _add(folder, fill)
         return folder
 

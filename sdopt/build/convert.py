@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import (
     MANIFEST_NAME,
+    BuildRecord,
     BundleManifest,
     ComponentRecord,
     FidelityRecord,
@@ -75,6 +77,7 @@ def convert(plan: BuildPlan, output: Path) -> BundleManifest:
 
 
 def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> BundleManifest:
+    start_ns = time.monotonic_ns()
     weights: Mapping[ComponentName, FileRecord] = _make_weights_and_graphs(plan, store, staging, cache)
     found = {name: _require_graph(store, plan, name) for name in plan.components}
     write_small_files(plan, {name: graph for name, (graph, _) in found.items()}, staging.folder)
@@ -103,7 +106,10 @@ def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> Bund
     fidelity = judge(draft, pictures)
     manifest = draft.model_copy(update={"fidelity": fidelity})
     write_file(staging.folder / "README.md", make_card(manifest).encode())
-    manifest = manifest.model_copy(update={"files": _record_files(staging.folder, plan, weights, made)})
+    files = _record_files(staging.folder, plan, weights, made)
+    reused = (*store.reused, *(["weights"] if staging.reused_weights else []))
+    build = BuildRecord(wall_ns=time.monotonic_ns() - start_ns, reused=reused)
+    manifest = manifest.model_copy(update={"files": files, "build": build})
     write_manifest(staging.folder, manifest)
     return manifest
 

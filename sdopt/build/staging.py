@@ -61,6 +61,7 @@ class Staging:
                 folder.mkdir(parents=True, exist_ok=True)
         self._restore_retired()
         self._journal = _read_journal(self.root)
+        self.reused_weights = False
 
     @classmethod
     def peek_weights(cls, output: Path, name: ComponentName, key: str) -> bool:
@@ -76,7 +77,10 @@ class Staging:
             return None
         # Parity and fidelity are kept by this digest: it must be that of the file as it is now.
         relative = f"{name}/weights.safetensors"
-        return None if find_damage(self.folder, {relative: found[1]}) else found[1]
+        if find_damage(self.folder, {relative: found[1]}):
+            return None
+        self.reused_weights = True
+        return found[1]
 
     def note_weights(self, name: ComponentName, key: str, record: FileRecord) -> None:
         self._journal.weights[name] = (key, record)

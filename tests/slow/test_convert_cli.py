@@ -143,6 +143,9 @@ def test_the_way_from_a_checkpoint_to_a_picture(built: tuple[Cli, Path], tmp_pat
     manifest = require_published(bundle)
     assert manifest.fidelity.verdict is Verdict.PASS
     assert manifest.fidelity.steps == 2
+    assert manifest.build is not None
+    assert manifest.build.wall_ns > 0
+    assert manifest.build.reused == (), "the store was empty"
     assert all(part.parity and part.parity.passed for part in manifest.components.values())
     assert "license" in (bundle / "README.md").read_text()
 

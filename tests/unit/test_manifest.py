@@ -82,6 +82,16 @@ def test_a_bundle_of_schema_1_is_read(manifest: BundleManifest, tmp_path: Path) 
     assert read_manifest(tmp_path) == manifest
 
 
+def test_a_bundle_of_schema_3_is_read_and_says_nothing_of_its_build(manifest: BundleManifest, tmp_path: Path) -> None:
+    def age(table: dict[str, Any]) -> None:
+        table["schema_version"] = 3
+        del table["build"]
+
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
+    assert read_manifest(tmp_path) == manifest
+    assert manifest.build is None
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_named(name: str, manifest: BundleManifest, tmp_path: Path) -> None:
     edit, named = DEFECTS[name]

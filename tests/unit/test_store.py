@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -33,6 +34,28 @@ def test_what_was_put_is_found_under_its_stage_and_key_alone(tmp_path: Path) -> 
     assert read(Store(tmp_path).find("graph", KEY)) == FILES
     assert store.find("parity", KEY) is None
     assert store.find("graph", "ac" * 32) is None
+
+
+def test_what_was_found_counts_as_reused_and_what_was_made_does_not(tmp_path: Path) -> None:
+    first = Store(tmp_path)
+    first.put("graph", KEY, FILES)
+    assert first.find("graph", KEY)
+    assert first.find("parity", KEY) is None
+    Store(tmp_path).put("parity", KEY, FILES)  # by a child, for the parent that looked in vain
+    assert first.find("parity", KEY)
+    first.make("plan", KEY, lambda folder: _fill_one(folder))
+    assert first.find("plan", KEY)
+    assert first.reused == ()
+    second = Store(tmp_path)
+    assert second.find("graph", "ac" * 32) is None
+    assert second.find("graph", KEY)
+    second.make("plan", KEY, lambda folder: pytest.fail(f"made again in {folder}"))
+    assert second.reused == ("graph", "plan")
+
+
+def _fill_one(folder: Path) -> dict[str, str]:
+    (folder / "engine").write_bytes(b"plan")
+    return {"engine": hashlib.sha256(b"plan").hexdigest()}
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
