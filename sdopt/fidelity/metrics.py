@@ -99,12 +99,19 @@ def choose_scales(side_px: int) -> tuple[float, ...]:
 
 def compute_least_cosine(a: FloatArray, b: FloatArray) -> float:
     """Least cosine of two trajectories, (steps, ...), over the steps; 0 where either is not finite."""
-    rows_a, rows_b = (array.reshape(len(array), -1).astype(np.float64) for array in (a, b))
-    if not (np.isfinite(rows_a).all() and np.isfinite(rows_b).all()):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return 0.0
+    return min(compute_cosines(a, b))
+
+
+def compute_cosines(a: FloatArray, b: FloatArray) -> list[float]:
+    """Cosine of two trajectories, (steps, ...), at each step; 0 where either is not finite there, or is 0."""
+    rows_a, rows_b = (array.reshape(len(array), -1).astype(np.float64) for array in (a, b))
+    finite = np.isfinite(rows_a).all(axis=1) & np.isfinite(rows_b).all(axis=1)
+    rows_a, rows_b = (np.where(finite[:, None], rows, 0.0) for rows in (rows_a, rows_b))
     norms = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
     cosines = np.divide((rows_a * rows_b).sum(axis=1), norms, out=np.zeros_like(norms), where=norms > 0)
-    return float(np.clip(cosines, -1.0, 1.0).min())
+    return [float(cosine) for cosine in np.clip(cosines, -1.0, 1.0)]
 
 
 def map_difference(a: Picture, b: Picture, gain: int) -> Picture:
