@@ -27,7 +27,7 @@ import click
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from benchmarks.random_checkpoints import UNET_SD15, UNET_SDXL
+from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
 from sdopt.artifacts.machine import describe_machine
 from sdopt.backends.protocol import MemoryUse
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component

@@ -55,18 +55,20 @@ def run_isolated(
     timeout_s: float | None = None,
     memory_limit_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
+    folder: str | None = None,
 ) -> Outcome:
     """Call `module:function` with one JSON table in a fresh process; it returns a JSON table.
 
     An `SdoptError` of the child is raised here as it is; any other exception, a time-out or a death by signal becomes
-    one that names the function. The child's own output is shown only when it fails.
+    one that names the function. The child's own output is shown only when it fails. `folder` is where it runs; Python
+    looks there first for what it imports.
     """
     start_ns = time.monotonic_ns()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "sdopt.isolation", target, str(os.getpid()), str(memory_limit_bytes or 0)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(environment or {})}, cwd=folder,
         )  # fmt: skip
         _live.add(child)
         try:
