@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import init_empty_weights
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.gpu import describe_missing_gpu, find_gpu
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
 from sdopt.backends.session import EngineSession
+from sdopt.backends.torch_attention import prefer_kernel, use_package
 from sdopt.errors import MissingHardware
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import TorchSettings
@@ -25,8 +25,8 @@ _COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Preci
 class TorchBackend:
     """`settings.compile` compiles with inductor at the first run; `attention` picks the kernel of attention.
 
-    On a GPU convolutions take channels-last tensors, which tensor cores want, and `compile` times every kernel that it
-    could use (`max-autotune`): what somebody would do who wants torch to be fast.
+    Unless the settings say otherwise, on a GPU convolutions take channels-last tensors, which tensor cores want, and
+    `compile` times every kernel that it could use: what somebody would do who wants torch to be fast.
     """
 
     def __init__(self, settings: TorchSettings) -> None:
@@ -71,10 +71,13 @@ class TorchSession(EngineSession):
         self._weights_bytes = sum(each.nbytes for each in (*network.parameters(), *network.buffers()))
         self._settings, self._dtype, self._device = settings, dtype, device
         engine: object = network
-        if device.type == "cuda":
+        on_gpu = device.type == "cuda"
+        if on_gpu if settings.channels_last is None else settings.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_package(network, settings.attention, dtype, device)
         if settings.compile:
-            engine = torch.compile(network, dynamic=False, mode="max-autotune" if device.type == "cuda" else None)
+            mode = settings.compile_mode or ("max-autotune" if on_gpu else "default")
+            engine = torch.compile(network, dynamic=False, mode=mode)
         super().__init__(component, engine)
 
     @property
@@ -90,7 +93,7 @@ class TorchSession(EngineSession):
             )
             for tensor in self.spec.inputs
         ]  # fmt: skip
-        with torch.inference_mode(), self._attention(), self._exact():
+        with torch.inference_mode(), prefer_kernel(self._settings.attention), self._exact():
             outputs = self.engine(*arguments)
         named = zip(self.spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         # A copy made out here is a plain tensor: inference tensors cannot be changed in place by who gets them.
@@ -98,14 +101,6 @@ class TorchSession(EngineSession):
             tensor.name: output.to(TORCH_DTYPES[tensor.dtype], copy=True, memory_format=torch.contiguous_format)
             for tensor, output in named
         }
-
-    @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
-        if self._settings.attention == "math":
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
-            yield
 
     @contextlib.contextmanager
     def _exact(self) -> Iterator[None]:

@@ -57,7 +57,12 @@ class TorchSettings(_Frozen):
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal[Precision.FP32, Precision.BF16, Precision.FP16] = Precision.FP32
     compile: bool = False
-    attention: Literal["sdpa", "math"] = "sdpa"
+    compile_mode: Literal["default", "max-autotune"] | None = None
+    """How thoroughly inductor searches; None takes max-autotune on a GPU, and the default on a CPU."""
+    channels_last: bool | None = None
+    """Whether convolutions take channels-last tensors; None does so on a GPU."""
+    attention: Literal["sdpa", "math", "flash", "efficient", "cudnn", "flash-attn", "sage", "xformers"] = "sdpa"
+    """`sdpa` leaves the choice to torch; the next four are torch's own kernels, the last three are packages."""
 
 
 BackendSettings = Annotated[

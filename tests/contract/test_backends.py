@@ -26,6 +26,8 @@ from sdopt.pipeline.load import component_files
 BACKENDS: dict[str, tuple[BackendSettings, float]] = {
     "torch-fp32": (TorchSettings(), 0.0),
     "torch-fp32-math": (TorchSettings(attention="math"), 1e-5),
+    "torch-fp32-flash": (TorchSettings(attention="flash"), 1e-5),
+    "torch-fp32-channels-last": (TorchSettings(channels_last=True), 1e-5),
     "torch-bf16": (TorchSettings(precision=Precision.BF16), 0.1),
     "onnxruntime": (OnnxRuntimeSettings(), 1e-5),
     "onnxruntime-low-memory": (OnnxRuntimeSettings(low_memory=True), 1e-5),
