@@ -1,0 +1,82 @@
+"""From suspicion to alarm: an A/B of the same night decides, and where there is none, a second night in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sdopt.bench.stats import Groups, PairVerdict, Speed, judge_pair
+from sdopt.perf.findings import Outcome, SuspectRecord
+from sdopt.perf.multiple import adjust_p_values
+from sdopt.perf.record import SeriesKey
+from sdopt.perf.screen import Suspect
+
+LEVEL = 0.05
+CONFIRM_PROCESSES = 6
+"""Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt."""
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Samples in ns of one series in both commits, grouped by process and measured in turns in the same night.
+
+    `dirty` says why they are not to be believed; such a confirmation counts as none.
+    """
+
+    baseline: Groups
+    candidate: Groups
+    dirty: tuple[str, ...] = ()
+
+
+Confirm = Callable[[Sequence[SeriesKey]], Mapping[SeriesKey, Confirmation] | None]
+"""Measures suspects again, most important first. None where there is no machine time or the old commit cannot run; a
+series that is left out had no time.
+"""
+
+
+def judge_suspects(
+    suspects: Sequence[Suspect], confirm: Confirm | None, last_night: Mapping[SeriesKey, Suspect]
+) -> tuple[SuspectRecord, ...]:
+    """What became of each. `last_night` is what the screen says of the clean night before, by the same history.
+
+    The sign of the A/B counts, not that of the screen: a machine that is faster tonight can hide a slower commit.
+    """
+    asked = confirm([suspect.key for suspect in suspects]) if confirm and suspects else None
+    answers = {key: answer for key, answer in (asked or {}).items() if not answer.dirty}
+    verdicts = {key: verdict for key, answer in answers.items() if (verdict := _judge_answer(answer))}
+    q_values = adjust_p_values([verdict.p_value for verdict in verdicts.values()])
+    by_key = {key: (verdict, q) for (key, verdict), q in zip(verdicts.items(), q_values, strict=True)}
+    return tuple(
+        _record_answer(suspect, *by_key[suspect.key])
+        if suspect.key in by_key
+        else _record_alone(suspect, last_night.get(suspect.key))
+        for suspect in suspects
+    )
+
+
+def _judge_answer(answer: Confirmation) -> PairVerdict | None:
+    """None where the A/B says nothing at all: no sample, or one process of either commit."""
+    if min(sum(1 for group in groups if group) for groups in (answer.baseline, answer.candidate)) < 2:
+        return None
+    return judge_pair(answer.baseline, answer.candidate)
+
+
+def _record_answer(suspect: Suspect, verdict: PairVerdict, q_value: float) -> SuspectRecord:
+    outcome = {Speed.SLOWER: Outcome.SLOWER, Speed.FASTER: Outcome.FASTER}.get(verdict.speed, Outcome.CLEARED)
+    return _record(suspect, outcome if q_value <= LEVEL else Outcome.CLEARED).model_copy(
+        update={"confirmed_change": 1 / verdict.ratio.value - 1, "p_value": verdict.p_value, "q_value": q_value}
+    )
+
+
+def _record_alone(suspect: Suspect, before: Suspect | None) -> SuspectRecord:
+    both = before is not None and suspect.stands_alone and before.stands_alone
+    if both and before is not None and suspect.change * before.change > 0:
+        return _record(suspect, Outcome.SLOWER if suspect.change > 0 else Outcome.FASTER)
+    return _record(suspect, Outcome.OPEN)
+
+
+def _record(suspect: Suspect, outcome: Outcome) -> SuspectRecord:
+    return SuspectRecord(
+        series=suspect.key, old=suspect.old, new=suspect.new, change=suspect.change, threshold=suspect.threshold,
+        outcome=outcome,
+    )  # fmt: skip
