@@ -25,12 +25,14 @@ from typing import Any
 
 import click
 
-from benchmarks.roofline import count_flops, find_peak_flops
+from benchmarks.roofline import find_peak_flops
 from sdopt.artifacts.files import write_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.backends.open import probe_backend
 from sdopt.bench.report import Stage
+from sdopt.bench.roofline import count_flops
+from sdopt.bench.steady import Effort
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings
 from sdopt.fidelity.draw import draw_isolated, read_drawing
@@ -185,7 +187,8 @@ class Run:
         arguments = {
             "folder": str(folder), "manifest": read_manifest(folder).model_dump_json(), "settings": settings,
             "scene": self.scene.model_dump(mode="json"), "output": str(output), "label": row.candidate,
-            "least_pictures": 2, "most_pictures": 6, "picture_budget_s": 4.0, "launched_ns": time.monotonic_ns(),
+            "effort": asdict(Effort(least_pictures=2, most_pictures=6, picture_budget_s=4.0)),
+            "launched_ns": time.monotonic_ns(),
         }  # fmt: skip
         outcome = run_isolated("sdopt.bench.measure:measure", arguments, timeout_s=self.deadline.take())
         samples = {Stage(stage): times for stage, times in outcome.value["samples_ns"].items()}

@@ -1,11 +1,6 @@
-"""How much arithmetic a network is, and how much a GPU could do at most.
-
-FLOPs are 2 x multiply-accumulates of convolutions, matrix products and attention, counted by torch on shapes alone.
-"""
+"""How much a GPU could do at most, by NVIDIA's word. What it does, `sdopt bench` measures."""
 
 from __future__ import annotations
-
-from sdopt.backends.protocol import ComponentFiles
 
 # FLOP/s of the tensor cores in fp16 on dense matrices, summed in fp32. GeForce cards are twice as fast where they sum
 # in fp16, and a kernel that does may pass this peak there; an A100 is as fast either way. Each row names NVIDIA's
@@ -41,20 +36,3 @@ def find_peak_flops(gpu: str) -> float | None:
     if _OTHERS.intersection(parts):
         return None
     return next((peak for words, peak in _PEAKS if all(map(names, words))), None)
-
-
-def count_flops(files: ComponentFiles) -> int:
-    """FLOPs of one run of a component at its usual shapes. Nothing is computed and no weight is read."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from sdopt.networks.modules import build_network
-    from sdopt.networks.tensors import TORCH_DTYPES
-
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = build_network(files.name, files.config)
-        # fp32 throughout: the network is built in it, and the count does not depend on the type.
-        dtypes = [torch.float32 if t.dtype.is_float else TORCH_DTYPES[t.dtype] for t in files.spec.inputs]
-        shapes = [tensor.shape(files.extents) for tensor in files.spec.inputs]
-        network(*(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
-    return int(counter.get_total_flops())

@@ -33,7 +33,7 @@ def sample_device_memory(uuid: str) -> Iterator[DeviceMemoryPeak]:
     Where NVML fails, the body runs on, and less is known.
     """
     peak = DeviceMemoryPeak()
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         started = None if nvml is None else _start(nvml, uuid)
         if started is None:
             yield peak
@@ -61,9 +61,17 @@ def sample_device_memory(uuid: str) -> Iterator[DeviceMemoryPeak]:
 
 def _start(nvml: Any, uuid: str) -> tuple[Any, int] | None:
     """The GPU's handle, and what all programs hold of it; None for a GPU that NVML does not show."""
+    handle = find_handle(nvml, uuid)
     try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-        return handle, int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+        return None if handle is None else (handle, int(nvml.nvmlDeviceGetMemoryInfo(handle).used))
+    except nvml.NVMLError:
+        return None
+
+
+def find_handle(nvml: Any, uuid: str) -> Any:
+    """NVML's handle of a GPU; None for one that it does not show."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
     except nvml.NVMLError:
         return None
 
@@ -76,7 +84,7 @@ def _used_bytes(nvml: Any, handle: Any, before_bytes: int) -> int:
 
 
 @contextmanager
-def _nvml() -> Iterator[Any]:
+def open_nvml() -> Iterator[Any]:
     """The module, initialised; None where it is not installed or no driver answers."""
     try:
         import pynvml

@@ -1,7 +1,8 @@
 """Measure one candidate in this process. It is the entry of a child: the parent decides who runs when.
 
-Cold start, the other pictures of the scene (kept where `output` is given, for fidelity), then timed pictures.
-All before the timed ones is warm-up: its samples are dropped.
+Cold start, the other pictures of the scene (kept where `output` is given, for fidelity), more pictures until their
+times settle, then timed ones, and at last a few with fewer steps. All before the timed ones is warm-up: its samples are
+not counted.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,10 @@ from sdopt.artifacts.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import Session
 from sdopt.bench.clock import Clock
+from sdopt.bench.report import Stage
+from sdopt.bench.steady import Effort, Steady, has_settled, time_calls, warm_up
 from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings
-from sdopt.fidelity.draw import batch_starts, build_call, draw_batch, join_drawings, write_drawing
+from sdopt.fidelity.draw import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
 from sdopt.model.recipe import BackendSettings, needs_gpu
@@ -32,68 +36,148 @@ if TYPE_CHECKING:
     from sdopt.backends.gpu import GpuIdentity
 
 
+@dataclass
+class Painter:
+    """Draws the prompts of a scene in turn, full batches, and times each call."""
+
+    pipeline: DiffusionPipeline
+    manifest: BundleManifest
+    scene: Scene
+    clock: Clock
+    turn: itertools.cycle[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turn = itertools.cycle(range(len(self.scene.prompts)))
+
+    def draw(self, steps: int | None = None) -> int:
+        """One call, of the scene's number of steps or another; returns its time in ns."""
+        scene = self.scene if steps is None else self.scene.model_copy(update={"steps": steps})
+        indices = list(itertools.islice(self.turn, self.manifest.profile.batch.min))
+        call = build_call(self.pipeline, self.manifest, scene, indices)
+
+        def end_step(pipeline: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            del pipeline, step, timestep
+            self.clock.end_step()
+            return state
+
+        return self.clock.time_picture(lambda: self.pipeline(**call, callback_on_step_end=end_step))
+
+
 def measure(arguments: JsonTable) -> JsonTable:
     """Run a candidate; the result is a `ProcessRecord` without position and host memory, and the scheduler's name.
 
-    `launched_ns` is the parent's `time.monotonic_ns`, a clock that all processes of a machine share.
+    `launched_ns` is the parent's `time.monotonic_ns`, a clock that all processes of a machine share. `effort` are
+    the fields of `Effort`.
     """
     importlib.import_module("sdopt.pipeline.assemble")  # torch and diffusers, which are not the candidate's to load
-    imported_ns = time.monotonic_ns()
+    imported_ns, rss_imported_bytes = time.monotonic_ns(), read_rss_bytes()
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     scene = Scene.model_validate(arguments["scene"])
-    label = str(arguments["label"])
+    label, effort = str(arguments["label"]), Effort(**arguments["effort"])
     clock = Clock()
     progress.update(f"{label}: opening", 0.0)
     folder, settings = Path(arguments["folder"]), parse_settings(arguments["settings"])
-    gpu = _find_own_gpu(manifest, settings)
+    gpu = find_own_gpu(manifest, settings)
     sessions: list[Session] = []
 
     def keep(session: Session) -> Session:
         sessions.append(session)
         return clock.wrap(session)
 
-    with _watch(gpu) as peak, open_candidate(folder, manifest, settings, keep) as pipeline:
-        opened_ns = time.monotonic_ns()
-        starts = batch_starts(manifest, scene)
-        drawings = [
-            draw_batch(
-                pipeline,
-                manifest,
-                scene,
-                starts[0],
-                lambda share: progress.update(f"{label}: cold start", share),
-            )
-        ]
-        drawn_ns = time.monotonic_ns()
-        if arguments["output"]:
-            for start in starts[1:]:
-                drawings.append(
-                    draw_batch(
-                        pipeline,
-                        manifest,
-                        scene,
-                        start,
-                        lambda share: progress.update(f"{label}: drawing", share),
-                    )
-                )
-            write_drawing(join_drawings(drawings), Path(arguments["output"]))
-        clock.take()
-        _time_pictures(pipeline, manifest, scene, clock, arguments)
+    with watch_memory(gpu) as peak, open_candidate(folder, manifest, settings, keep) as pipeline:
+        opened_ns, rss_loaded_bytes = time.monotonic_ns(), read_rss_bytes()
+        painter = Painter(pipeline, manifest, scene, clock)
+        first, drawn_ns, done_ns = _draw_scene(painter, label, arguments["output"])
+        steady = _measure_steady(painter, effort, done_ns, None if gpu is None else gpu.uuid, label)
+        # Once for each candidate whatever it takes: without it there is no line through the steps.
+        steady["sweep_ns"] = _sweep(painter, steady["samples_ns"], effort, always=bool(arguments["output"]))
+        steady["conditions"]["clock_steps"] = clock.steps_back
         device_memory = read_device_memory(sessions)
-    return {
+    return steady | {
         "device_memory": device_memory,
         "peak_device_bytes": peak.peak_bytes,
-        "torch_peak_device_bytes": None if gpu is None else _torch_peak_bytes(),
+        "torch_peak_device_bytes": None if gpu is None else torch_peak_bytes(),
         "import_ns": imported_ns - arguments["launched_ns"],
         "load_ns": opened_ns - imported_ns,
         "first_picture_ns": drawn_ns - opened_ns,
         "cold_start_ns": drawn_ns - arguments["launched_ns"],
-        "samples_ns": clock.take(),
-        "scheduler": drawings[0].scheduler,
+        "rss_imported_bytes": rss_imported_bytes,
+        "rss_loaded_bytes": rss_loaded_bytes,
+        "scheduler": first.scheduler,
     }
 
 
-def _find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) -> GpuIdentity | None:
+def _draw_scene(painter: Painter, label: str, output: str) -> tuple[Drawing, int, list[int]]:
+    """Draw the first batch, and where there is an `output` to write them to, the others.
+
+    Returns the first, when it was there (`time.monotonic_ns`), and the times of the others in ns.
+    """
+    starts = batch_starts(painter.manifest, painter.scene)
+
+    def draw(start: int, what: str) -> Drawing:
+        def tell(share: float) -> None:
+            progress.update(f"{label}: {what}", share)
+
+        return draw_batch(painter.pipeline, painter.manifest, painter.scene, start, tell)
+
+    drawings = [draw(starts[0], "cold start")]
+    drawn_ns = time.monotonic_ns()
+    done_ns = []
+    if output:
+        for start in starts[1:]:
+            begun_ns = time.perf_counter_ns()
+            drawings.append(draw(start, "drawing"))
+            done_ns.append(time.perf_counter_ns() - begun_ns)
+        write_drawing(join_drawings(drawings), Path(output))
+    return drawings[0], drawn_ns, done_ns
+
+
+def _measure_steady(
+    painter: Painter, effort: Effort, done_ns: Sequence[int], gpu_uuid: str | None, label: str
+) -> JsonTable:
+    """Warm up and time. A call that leaves the budget of the warm-up is as good as one: then its steps say whether it
+    has settled.
+    """
+    steps_ns = painter.clock.take().get(Stage.UNET_STEP, ())
+    expected_ns = painter.scene.steps * statistics.median(steps_ns) if steps_ns else effort.budget_ns
+    progress.update(f"{label}: warming up", 0.0)
+    warm_up_ns = warm_up(painter.draw, done_ns, expected_ns, effort)
+    steps_ns += painter.clock.take().get(Stage.UNET_STEP, ())
+    enough = len(warm_up_ns) >= 2 * effort.settle_window
+    steady = time_calls(painter.draw, effort, gpu_uuid, lambda share: progress.update(f"{label}: timing", share))
+    return record_steady(steady, painter.manifest.profile.batch.min) | {
+        "samples_ns": painter.clock.take(),
+        "warm_up_ns": list(warm_up_ns),
+        "settled": has_settled(warm_up_ns if enough else steps_ns, effort),
+    }
+
+
+def _sweep(
+    painter: Painter, samples_ns: dict[Stage, tuple[int, ...]], effort: Effort, *, always: bool
+) -> dict[int, tuple[int, ...]]:
+    """End-to-end samples by number of steps: the timed ones, and a call with a quarter and with half of the steps."""
+    usual, whole_ns = painter.scene.steps, samples_ns.get(Stage.END_TO_END, ())
+    counts = sorted({max(1, usual // 4), max(1, usual // 2)} - {usual})
+    expected_ns = statistics.median(whole_ns or [0]) * sum(counts) / usual
+    sweep_ns = {usual: whole_ns} if whole_ns else {}
+    if always or expected_ns <= effort.budget_ns:
+        for steps in counts:
+            painter.draw(steps)
+            if samples := painter.clock.take().get(Stage.END_TO_END, ()):
+                sweep_ns[steps] = samples
+    return sweep_ns
+
+
+def record_steady(steady: Steady, pictures: int) -> JsonTable:
+    """What a process record takes of it; `pictures` are those of a call."""
+    return {
+        "energy_j": None if steady.energy_j is None else steady.energy_j / pictures,
+        "energy_source": steady.energy_source,
+        "conditions": steady.conditions.model_dump(mode="json"),
+    }
+
+
+def find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) -> GpuIdentity | None:
     """The GPU that the candidate computes on; a candidate of the CPU has none, and CUDA is not even started."""
     if not (engines_use_gpu(manifest) if settings is None else needs_gpu(settings)):
         return None
@@ -102,7 +186,7 @@ def _find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) ->
     return find_gpu()
 
 
-def _watch(gpu: GpuIdentity | None) -> contextlib.AbstractContextManager[DeviceMemoryPeak]:
+def watch_memory(gpu: GpuIdentity | None) -> contextlib.AbstractContextManager[DeviceMemoryPeak]:
     return contextlib.nullcontext(DeviceMemoryPeak()) if gpu is None else sample_device_memory(gpu.uuid)
 
 
@@ -112,24 +196,14 @@ def read_device_memory(sessions: Sequence[Session]) -> dict[str, dict[str, Any]]
     return {name: asdict(device) for name, device in held.items() if device is not None}
 
 
-def _torch_peak_bytes() -> int:
+def read_rss_bytes() -> int:
+    """Resident memory of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def torch_peak_bytes() -> int:
     import torch
 
     return int(torch.cuda.max_memory_allocated())
-
-
-def _time_pictures(
-    pipeline: DiffusionPipeline, manifest: BundleManifest, scene: Scene, clock: Clock, arguments: JsonTable
-) -> None:
-    """Draw the prompts in turn, full batches, until the budget is spent: `least_pictures` to `most_pictures`
-    calls.
-    """
-    least, most = arguments["least_pictures"], arguments["most_pictures"]
-    turn = itertools.cycle(range(len(scene.prompts)))
-    spent_ns = 0
-    for done in range(most):
-        if done >= least and spent_ns > arguments["picture_budget_s"] * 1e9:
-            break
-        progress.update(f"{arguments['label']}: timing", done / most)
-        call = build_call(pipeline, manifest, scene, list(itertools.islice(turn, manifest.profile.batch.min)))
-        spent_ns += clock.time_picture(lambda call=call: pipeline(**call))  # type: ignore[misc]

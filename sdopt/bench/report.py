@@ -120,7 +120,7 @@ class Conditions(_Record):
     neighbours_cores: float = 0.0
     """How many cores other processes kept busy, on average: times taken beside a neighbour say little."""
     clock_mhz: tuple[float, float] | None = None
-    """Least and greatest clock of the busiest core (or of the GPU's multiprocessors) while it computed."""
+    """Least and greatest clock of the fastest core (or of the GPU's multiprocessors), as means over whole calls."""
     throttled: int | None = None
     """Times that the processor or the GPU slowed down because it was too hot or took too much power."""
     steal_cores: float | None = None
@@ -197,7 +197,7 @@ class ProcessRecord(_Record):
     sweep_ns: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     """End-to-end samples by number of steps: a line through them separates the fixed cost from that of a step."""
     energy_j: float | None = None
-    """Joules per picture over the timed calls; null where neither RAPL nor NVML says it."""
+    """Joules per picture (in the scope `unet` per step) over the timed calls; null where neither RAPL nor NVML says."""
     energy_source: str = ""
     """`rapl` (processor packages, all that runs on them) or `nvml` (the GPU)."""
     rss_imported_bytes: int | None = None
@@ -300,6 +300,8 @@ class BenchReport(_Record):
     """LPIPS, CLIP score and FID: with which weights (their SHA-256), or why not measured."""
     audits: dict[str, dict[ComponentName, str]] = Field(default_factory=dict)
     """By candidate and component, what the manifest's audit says in a line."""
+    notes: tuple[str, ...] = ()
+    """What of the report could not be measured, and why."""
 
     def candidate(self, name: str) -> CandidateRecord | None:
         return next((candidate for candidate in self.candidates if candidate.name == name), None)

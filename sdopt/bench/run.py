@@ -1,13 +1,13 @@
 """Run a bench: a fresh process for each candidate and repeat, interleaved, and a report of all of them.
 
-A candidate that fails or hangs becomes a row with its message, and the others go on.
+A candidate that fails, hangs or draws NaN becomes a row with its message, and the others go on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -15,40 +15,45 @@ from typing import Literal
 from sdopt import progress
 from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
-from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ImageFidelity, read_manifest
+from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
-from sdopt.bench.environment import measure_machine, read_cpu_use
+from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
+from sdopt.bench.environment import measure_conditions, measure_machine, read_cpu_use
+from sdopt.bench.fidelity import PictureFigures, compare_candidates
 from sdopt.bench.report import (
     BenchReport,
+    CandidateKind,
     CandidateRecord,
-    CaseRecord,
     MethodRecord,
-    PictureRecord,
     ProcessRecord,
+    RooflineRecord,
+    Scope,
     Status,
 )
+from sdopt.bench.steady import Effort
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
+from sdopt.fidelity.metrics import PictureFault, find_fault
+from sdopt.fidelity.perceptual.weights import PerceptualWeights
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
-from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE, compare_drawings
-from sdopt.isolation import JsonTable, run_isolated
+from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
+from sdopt.isolation import JsonTable, Outcome, run_isolated
+from sdopt.model.component import ComponentName
 from sdopt.model.recipe import TorchSettings
 from sdopt.pipeline.preflight import require_sound, require_trusted
 
-_LEAST_PICTURES = 2
-_MOST_PICTURES = 10
-_PICTURE_BUDGET_S = 3.0
+_ENTRIES = {Scope.PICTURES: "sdopt.bench.measure:measure", Scope.UNET: "sdopt.bench.unet:measure_unet"}
 
 
 @dataclass(frozen=True)
 class BenchRequest:
     """What to measure. Empty `prompts` takes those of the bundle's recipe, or the package's own; `against` of None
-    takes the usual baselines of the engines' device.
+    takes the usual baselines of the engines' device; `guidance_scale` of None that of the bundle's recipe.
 
-    `time_limit_s` is for each process; `command` is what the report tells the reader to run. `trust_engines` are
-    SHA-256 of plans that were not built here, or of a `bundle.json`. `peer_python` is the interpreter of another tool's
-    environment.
+    `time_limit_s` is for each process; `command` is what the report tells the reader to run, and `suite` the name of
+    the suite that asked. `trust_engines` are SHA-256 of plans that were not built here, or of a `bundle.json`.
+    `peer_python` is the interpreter of another tool's environment.
     """
 
     folder: Path
@@ -60,6 +65,12 @@ class BenchRequest:
     command: str = ""
     trust_engines: tuple[str, ...] = ()
     peer_python: Path | None = None
+    scope: Scope = Scope.PICTURES
+    guidance_scale: float | None = None
+    suite: str = ""
+    effort: Effort = field(default_factory=Effort)
+    perceptual: PerceptualWeights = field(default_factory=PerceptualWeights)
+    layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,16 @@ class _Row:
     processes: list[ProcessRecord] = field(default_factory=list)
     status: Status = Status.OK
     message: str = ""
+    scheduler: str = ""
+
+
+@dataclass(frozen=True)
+class _Roof:
+    """What the machine reaches and what the networks ask of it; `notes` say why, where that is not known."""
+
+    roofline: tuple[RooflineRecord, ...] = ()
+    flops: dict[ComponentName, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def run_bench(request: BenchRequest, work: Path) -> BenchResult:
@@ -92,40 +113,47 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
     before = read_cpu_use()
-    verify = manifest.recipe.verify
-    scene = Scene(
-        prompts=request.prompts or verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=request.steps,
-        guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
-    )  # fmt: skip
-    write_scene(request.folder, manifest, scene)
+    scene = _prepare_scene(request, manifest, work)
     rows = {
         candidate.name: _Row(candidate, work / f"{candidate.name}.safetensors")
         for candidate in list_candidates(request.folder, manifest, request.against, request.peer_python)
     }
     order = interleave(list(rows), request.repeats)
-    scheduler = ""
     for position, name in enumerate(order):
-        scheduler = _run_row(request, scene, rows[name], position, len(order)) or scheduler
-    drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
-    reference, floor = _draw_references(request, manifest, scene, drawings, work)
-    fidelity = (
-        {name: compare_drawings(scene, reference, drawing, floor) for name, drawing in drawings.items()}
-        if reference and floor
-        else {}
-    )
+        _run_row(request, scene, rows[name], position, len(order))
+    roof = _measure_roof(request, manifest)
+    drawings, reference, figures = _compare_pictures(request, manifest, scene, rows, work)
+    scheduler = next((row.scheduler for row in rows.values() if row.scheduler), "")
     report = BenchReport(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        case=_describe_case(request.folder, manifest, scene, scheduler),
+        case=describe_case(request.folder, manifest, scene, request.scope, scheduler, roof.flops),
         environment=describe_machine(),
         machine=measure_machine(before),
-        method=MethodRecord(
-            repeats=request.repeats, least_pictures=_LEAST_PICTURES, most_pictures=_MOST_PICTURES,
-            picture_budget_s=_PICTURE_BUDGET_S, time_limit_s=request.time_limit_s, order=tuple(order),
-            command=request.command,
-        ),
-        candidates=tuple(_record_row(row, fidelity.get(name, ())) for name, row in rows.items()),
-    )  # fmt: skip
+        method=_describe_method(request, order),
+        candidates=tuple(_record_row(row, figures) for row in rows.values()),
+        roofline=roof.roofline,
+        plugins=dict(figures.plugins),
+        audits={name: audits for name, row in rows.items() if (audits := describe_audits(row.candidate))},
+        notes=roof.notes,
+    )
     return BenchResult(report, drawings, reference)
+
+
+def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) -> Scene:
+    """The scene, with its inputs on disk: one file for every candidate."""
+    verify = manifest.recipe.verify
+    scene = Scene(
+        prompts=request.prompts or verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=request.steps,
+        guidance_scale=verify.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        inputs=work / "inputs.safetensors",
+    )  # fmt: skip
+    if request.scope is Scope.PICTURES:
+        write_scene(request.folder, manifest, scene)
+    else:
+        from sdopt.bench.unet import write_inputs
+
+        write_inputs(request.folder, manifest, scene.inputs)
+    return scene
 
 
 def interleave(names: Sequence[str], repeats: int) -> list[str]:
@@ -133,36 +161,80 @@ def interleave(names: Sequence[str], repeats: int) -> list[str]:
     return [name for repeat in range(repeats) for name in (names if repeat % 2 == 0 else reversed(names))]
 
 
-def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int) -> str:
-    """Run a candidate once more, unless it failed before. Returns the scheduler's name or an empty string."""
+def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int) -> None:
+    """Run a candidate once more, unless it failed before."""
     if row.candidate.missing:
         row.status, row.message = Status.SKIPPED, row.candidate.missing
+    elif request.scope is Scope.UNET and row.candidate.kind is CandidateKind.PEER:
+        row.status, row.message = Status.SKIPPED, "another tool's UNet is not measured apart from its pipeline"
     if row.status is not Status.OK:
-        return ""
+        return
     label = f"{row.candidate.label} ({position + 1} of {count})"
     arguments: JsonTable = {
         "folder": str(row.candidate.folder),
         "manifest": row.candidate.manifest.model_dump_json(),
         "settings": dump_settings(row.candidate.settings),
         "scene": scene.model_dump(mode="json"),
-        "output": "" if row.processes else str(row.drawing),
+        "output": "" if row.processes or request.scope is Scope.UNET else str(row.drawing),
         "label": label,
-        "least_pictures": _LEAST_PICTURES,
-        "most_pictures": _MOST_PICTURES,
-        "picture_budget_s": _PICTURE_BUDGET_S,
+        "effort": asdict(request.effort),
     }
     progress.update(f"{label}: starting", 0.0)
+    before = read_cpu_use()
     try:
-        arguments["launched_ns"] = time.monotonic_ns()
-        outcome = run_isolated("sdopt.bench.measure:measure", arguments, timeout_s=request.time_limit_s)
+        outcome = _launch(row.candidate, arguments, request)
     except SdoptError as error:
         row.status = Status.SKIPPED if isinstance(error, MissingDependency) else Status.FAILED
         row.message = str(error)
-        return ""
-    scheduler = str(outcome.value.pop("scheduler"))
+        return
     values = outcome.value | {"position": position, "peak_rss_bytes": outcome.peak_rss_bytes}
+    row.scheduler = str(values.pop("scheduler", ""))
+    # The child sees its clock and what slows it; who else was there, only its parent can tell.
+    seen = measure_conditions(before).model_dump(include={"neighbours_cores", "steal_cores"})
+    values["conditions"] = values.get("conditions", {}) | seen
     row.processes.append(ProcessRecord.model_validate(values))
-    return scheduler
+    if arguments["output"] and _drew_nan(row.drawing):
+        row.status, row.message = Status.FAILED, "the picture has NaN or Inf in it"
+
+
+def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -> Outcome:
+    arguments["launched_ns"] = time.monotonic_ns()
+    if candidate.kind is CandidateKind.PEER:
+        from sdopt.bench.peer import run_peer
+
+        return run_peer(candidate, arguments, request.time_limit_s)
+    return run_isolated(_ENTRIES[request.scope], arguments, timeout_s=request.time_limit_s)
+
+
+def _drew_nan(path: Path) -> bool:
+    return any(find_fault(image) is PictureFault.NOT_FINITE for image in read_drawing(path).images)
+
+
+def _measure_roof(request: BenchRequest, manifest: BundleManifest) -> _Roof:
+    """On the device of the engines. That it failed takes nothing from what the candidates were measured at."""
+    arguments: JsonTable = {
+        "folder": str(request.folder), "manifest": manifest.model_dump_json(),
+        "device": "cuda" if engines_use_gpu(manifest) else "cpu",
+    }  # fmt: skip
+    try:
+        value = run_isolated(
+            "sdopt.bench.roofline:measure_roofline", arguments, timeout_s=request.time_limit_s
+        ).value  # fmt: skip
+    except SdoptError as error:
+        return _Roof(notes=(f"the roofline was not measured: {error.message}",))
+    flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}
+    return _Roof(tuple(RooflineRecord.model_validate(record) for record in value["roofline"]), flops)
+
+
+def _compare_pictures(
+    request: BenchRequest, manifest: BundleManifest, scene: Scene, rows: Mapping[str, _Row], work: Path
+) -> tuple[dict[str, Drawing], Drawing | None, PictureFigures]:
+    """What each candidate drew, what torch fp32 drew, and how they differ. Nothing is drawn for the UNet alone."""
+    if request.scope is Scope.UNET:
+        return {}, None, PictureFigures({}, {}, {})
+    drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
+    reference, floor = _draw_references(request, manifest, scene, drawings, work)
+    return drawings, reference, compare_candidates(scene, reference, floor, drawings, request.perceptual)
 
 
 def _draw_references(
@@ -187,23 +259,19 @@ def _draw_references(
         return reference, None
 
 
-def _record_row(row: _Row, fidelity: tuple[ImageFidelity, ...]) -> CandidateRecord:
-    return CandidateRecord(
-        name=row.candidate.name, label=row.candidate.label,
-        precision=row.candidate.precision, settings=row.candidate.settings_by_component(),
-        status=row.status, message=row.message, processes=tuple(row.processes),
-        fidelity=tuple(PictureRecord.model_validate(each.model_dump()) for each in fidelity),
-        kind=row.candidate.kind,
+def _describe_method(request: BenchRequest, order: Sequence[str]) -> MethodRecord:
+    return MethodRecord(
+        repeats=request.repeats, time_limit_s=request.time_limit_s, order=tuple(order), command=request.command,
+        suite=request.suite, **asdict(request.effort),
     )  # fmt: skip
 
 
-def _describe_case(folder: Path, manifest: BundleManifest, scene: Scene, scheduler: str) -> CaseRecord:
-    profile = manifest.profile
-    return CaseRecord(
-        bundle=manifest.name, digest=hash_file(folder / MANIFEST_NAME), family=manifest.family,
-        quantization={n: r.quantization for n, r in manifest.components.items() if r.quantization is not None},
-        bundle_bytes=sum(file.size_bytes for file in manifest.files.values()),
-        width_px=profile.width_px.opt, height_px=profile.height_px.opt, batch=profile.batch.min,
-        prompts=scene.prompts, seed=scene.seed, steps=scene.steps, guidance_scale=scene.guidance_scale,
-        scheduler=scheduler,
+def _record_row(row: _Row, figures: PictureFigures) -> CandidateRecord:
+    candidate = row.candidate
+    return CandidateRecord(
+        name=candidate.name, label=candidate.label, precision=candidate.precision,
+        settings=candidate.settings_by_component(), status=row.status, message=row.message,
+        processes=tuple(row.processes), fidelity=figures.pictures.get(candidate.name, ()), kind=candidate.kind,
+        digest="" if candidate.kind is CandidateKind.PEER else hash_file(candidate.folder / MANIFEST_NAME),
+        size_bytes=find_size(candidate), build_ns=find_build_time(candidate), fid=figures.fid.get(candidate.name),
     )  # fmt: skip

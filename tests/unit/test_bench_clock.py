@@ -64,6 +64,7 @@ def test_stages_and_overhead_add_up_to_the_whole() -> None:
         for _ in range(3):
             sessions[ComponentName.UNET].run({})
             time.now += 2
+            clock.end_step()
         sessions[ComponentName.VAE_DECODER].run({})
 
     for _ in range(2):
@@ -75,8 +76,10 @@ def test_stages_and_overhead_add_up_to_the_whole() -> None:
         Stage.VAE_DECODER: (9, 9),
         Stage.OVERHEAD: (6, 6),
         Stage.END_TO_END: (146, 146),
+        Stage.FIRST_STEP: (53, 53),
     }
-    networks = sum(sum(samples[s]) for s in samples if s not in (Stage.END_TO_END, Stage.OVERHEAD))
+    beside = (Stage.END_TO_END, Stage.OVERHEAD, Stage.FIRST_STEP)
+    networks = sum(sum(samples[s]) for s in samples if s not in beside)
     assert networks + sum(samples[Stage.OVERHEAD]) == sum(samples[Stage.END_TO_END])
 
 
@@ -137,10 +140,12 @@ def test_what_a_gpu_does_is_timed_by_its_events_and_waited_for_at_the_end() -> N
             session.run({})
             assert not any(event.waited for event in events)
             time.now += 100
+            clock.end_step()
 
     clock.time_picture(draw)
     assert clock.take() == {
         Stage.UNET_STEP: (5_000, 5_000), Stage.OVERHEAD: (200,), Stage.END_TO_END: (10_200,),
+        Stage.FIRST_STEP: (5_100,),
     }  # fmt: skip
     assert clock.take() == {}
 
@@ -154,3 +159,39 @@ def test_a_run_that_fails_leaves_no_sample() -> None:
     with pytest.raises(RuntimeError, match="no"):
         clock.time_call(Stage.UNET_STEP, fail)
     assert clock.take() == {}
+
+
+def test_a_clock_that_steps_back_leaves_no_sample_and_is_counted() -> None:
+    time = FakeTime()
+    clock = Clock(time)
+    session = clock.wrap(SlowSession(ComponentName.UNET, time, 40))  # type: ignore[arg-type]
+
+    def draw(jump_ns: int) -> None:
+        session.run({})
+        clock.end_step()
+        time.now += jump_ns
+        session.run({})
+
+    clock.time_picture(lambda: draw(10))
+    clock.time_picture(lambda: draw(-1_000))  # between two runs: they are sound, and the picture is not
+    clock.time_picture(lambda: draw(10))
+    assert clock.steps_back == 1
+    assert clock.take() == {
+        Stage.UNET_STEP: (40,) * 6, Stage.OVERHEAD: (10, 10), Stage.END_TO_END: (90, 90), Stage.FIRST_STEP: (40,) * 3,
+    }  # fmt: skip
+
+
+def test_a_step_back_between_two_runs_leaves_both() -> None:
+    readings = iter([0, 100, 90, 200, 200, 300])
+    clock = Clock(lambda: next(readings))
+    for _ in range(3):
+        clock.time_call(Stage.UNET_STEP, dict)
+    assert clock.take() == {Stage.UNET_STEP: (100, 110, 100)}
+    assert clock.steps_back == 1
+
+
+def test_a_clock_that_stands_still_leaves_no_sample() -> None:
+    clock = Clock(FakeTime())
+    clock.time_call(Stage.UNET_STEP, dict)
+    assert clock.take() == {}
+    assert clock.steps_back == 1

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sdopt.backends.protocol import DeviceMemory
 from sdopt.bench.measure import measure, read_device_memory
 from sdopt.bench.report import DeviceMemoryRecord, ProcessRecord, Stage
+from sdopt.bench.unet import measure_unet, require_finite, write_inputs
+from sdopt.errors import SdoptError
 from sdopt.fidelity.draw import draw, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.model.component import ComponentName
@@ -44,9 +47,7 @@ def make_arguments(bundle: ReferenceBundle, folder: Path, **changes: Any) -> dic
         "scene": scene.model_dump(mode="json"),
         "output": str(folder / "drawing.safetensors"),
         "label": "a test",
-        "least_pictures": 2,
-        "most_pictures": 4,
-        "picture_budget_s": 0.0,
+        "effort": {"least_pictures": 2, "most_pictures": 4, "picture_budget_s": 0.0},
         "launched_ns": time.monotonic_ns(),
     } | changes
 
@@ -57,7 +58,17 @@ def test_it_draws_for_fidelity_then_times_the_least_of_pictures(bundle: Referenc
     record = ProcessRecord.model_validate(result | {"position": 0, "peak_rss_bytes": 1})
     assert {stage: len(samples) for stage, samples in record.samples_ns.items()} == {
         Stage.TEXT_ENCODER: 4, Stage.UNET_STEP: 6, Stage.VAE_DECODER: 2, Stage.OVERHEAD: 2, Stage.END_TO_END: 2,
+        Stage.FIRST_STEP: 2,
     }  # fmt: skip
+    pairs = zip(record.samples_ns[Stage.FIRST_STEP], record.samples_ns[Stage.END_TO_END], strict=True)
+    assert all(first < whole for first, whole in pairs)
+    assert len(record.warm_up_ns) == 1  # the scene's second picture; the budget leaves no more
+    assert {steps: len(samples) for steps, samples in record.sweep_ns.items()} == {1: 1, 3: 2}
+    assert record.sweep_ns[3] == record.samples_ns[Stage.END_TO_END]
+    assert record.rss_imported_bytes is not None
+    assert record.rss_loaded_bytes is not None
+    assert 0 < record.rss_imported_bytes <= record.rss_loaded_bytes
+    assert record.conditions.clock_steps == 0
     assert record.cold_start_ns == record.import_ns + record.load_ns + record.first_picture_ns
     assert all(sample > 0 for samples in record.samples_ns.values() for sample in samples)
     assert record.device_memory == {}
@@ -76,13 +87,40 @@ def test_the_memory_of_engines_on_a_gpu_is_recorded_by_component() -> None:
 
 
 def test_a_later_process_draws_no_more_than_it_times(bundle: ReferenceBundle, tmp_path: Path) -> None:
-    result = measure(make_arguments(bundle, tmp_path, output="", picture_budget_s=1e9))
+    effort = {"least_pictures": 2, "most_pictures": 4, "picture_budget_s": 1e9, "most_warm_up": 2}
+    result = measure(make_arguments(bundle, tmp_path, output="", effort=effort))
     assert len(result["samples_ns"][Stage.END_TO_END]) == 4
+    assert len(result["warm_up_ns"]) == 2
     assert not (tmp_path / "drawing.safetensors").exists()
 
 
+def test_a_later_process_has_no_sweep_that_leaves_its_budget(bundle: ReferenceBundle, tmp_path: Path) -> None:
+    result = measure(make_arguments(bundle, tmp_path, output=""))
+    assert list(result["sweep_ns"]) == [3]
+
+
+def test_the_unet_alone_is_timed_by_steps(bundle: ReferenceBundle, tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs.safetensors"
+    arguments = make_arguments(bundle, tmp_path)
+    write_inputs(bundle.folder, bundle.manifest, inputs)
+    result = measure_unet(arguments)
+    record = ProcessRecord.model_validate(result | {"position": 0, "peak_rss_bytes": 1})
+    assert {stage: len(samples) for stage, samples in record.samples_ns.items()} == {Stage.UNET_STEP: 2}
+    assert record.cold_start_ns == record.import_ns + record.load_ns + record.first_picture_ns
+    assert record.sweep_ns == {}
+    before = inputs.read_bytes()
+    write_inputs(bundle.folder, bundle.manifest, inputs)
+    assert inputs.read_bytes() == before
+
+
+def test_a_unet_that_computes_nan_is_refused() -> None:
+    require_finite({"sample": torch.ones(2)})
+    with pytest.raises(SdoptError, match="NaN or Inf"):
+        require_finite({"sample": torch.tensor([1.0, float("nan")])})
+
+
 def test_bench_and_verdict_draw_the_same(bundle: ReferenceBundle, tmp_path: Path) -> None:
-    arguments = make_arguments(bundle, tmp_path, least_pictures=1, most_pictures=1)
+    arguments = make_arguments(bundle, tmp_path)
     measure(arguments)
     by_bench = read_drawing(tmp_path / "drawing.safetensors")
     draw(arguments | {"output": str(tmp_path / "again.safetensors")})

@@ -11,27 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import EnvironmentRecord
-from sdopt.bench import candidates as candidates_module
+from sdopt.artifacts.manifest import EnvironmentRecord, FileRecord, GraphAudit
+from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
-from sdopt.bench.candidates import Baseline, label_engines, list_candidates, parse_against
+from sdopt.bench import unet as unet_module
+from sdopt.bench.candidates import parse_against
 from sdopt.bench.environment import CpuUse, measure_machine, read_cpu_use
-from sdopt.bench.report import Stage, Status
+from sdopt.bench.report import Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
-from sdopt.errors import MissingDependency, SdoptError, UsageError
+from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.draw import write_drawing
 from sdopt.isolation import Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import (
-    OnnxRuntimeSettings,
     OpenVINOSettings,
-    TensorRTSettings,
-    TorchSettings,
     VerifySettings,
 )
 from sdopt.model.shape import ShapeProfile
-from tests.planted_reports import BUNDLE, MS, make_drawing, make_process
+from tests.planted_reports import MS, make_drawing, make_process
 
 PROMPTS = ("a circle", "a star")
 
@@ -49,16 +47,10 @@ def test_two_candidates_run_as_abba() -> None:
     assert interleave(["a", "b"], 2) == ["a", "b", "b", "a"]
 
 
-def test_against_is_parsed_and_each_once() -> None:
-    assert parse_against(" compile,eager-fp32, compile") == (Baseline.COMPILE, Baseline.EAGER_FP32)
-    assert parse_against("") == ()
-    with pytest.raises(UsageError, match="'eager-fp23'") as raised:
-        parse_against("eager-fp23")
-    assert "did you mean 'eager-fp32'" in raised.value.hint
-
-
 def make_component(**values: Any) -> Any:
-    return SimpleNamespace(quantization=None, is_quantized=False, **values)
+    audit = GraphAudit(opset=23, nodes=90, attention_nodes=8, attention_layers=8)
+    usual = {"quantization": None, "is_quantized": False, "plans": (), "audit": audit, "parity": None}
+    return SimpleNamespace(**usual | values)
 
 
 def make_manifest(**records: Any) -> Any:
@@ -66,45 +58,42 @@ def make_manifest(**records: Any) -> Any:
     records = records or {"unet": make_component(backend=bf16, precision=Precision.BF16)}
     return SimpleNamespace(
         name="tiny", family="sd1", profile=ShapeProfile.static(height_px=64, width_px=64),
-        profiles=(ShapeProfile.static(height_px=64, width_px=64),), files={},
+        profiles=(ShapeProfile.static(height_px=64, width_px=64),), build=None,
+        files={"unet/model.onnx": FileRecord(sha256="ab" * 32, size_bytes=5)},
         components={ComponentName(name): record for name, record in records.items()},
         recipe=SimpleNamespace(verify=VerifySettings(prompts=PROMPTS)), model_dump_json=lambda: "{}",
     )  # fmt: skip
 
 
-def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
-    manifest = make_manifest(
-        text_encoder=make_component(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
-        unet=make_component(backend=OpenVINOSettings(), precision=Precision.BF16),
-        vae_decoder=make_component(backend=OnnxRuntimeSettings(), precision=Precision.FP32),
-    )
-    assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32"
-
-
-def test_compile_without_a_compiler_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates_module.shutil, "which", lambda name: None)
-    engines, eager, compiled = list_candidates(BUNDLE, make_manifest(), (Baseline.EAGER_FP32, Baseline.COMPILE))
-    assert (engines.missing, eager.missing) == ("", "")
-    assert "C++ compiler" in compiled.missing
-
-
 class FakeProcesses:
     """Stands in for the child processes: what each candidate does, by its settings' kind."""
 
-    def __init__(self, failures: dict[str, SdoptError]) -> None:
+    def __init__(self, failures: dict[str, SdoptError], nan: str = "") -> None:
         self.launched: list[str] = []
-        self._failures = failures
+        self.targets: set[str] = set()
+        self._failures, self._nan = failures, nan
 
     def run(self, target: str, arguments: dict[str, Any], timeout_s: float) -> Outcome:
+        if target.startswith("sdopt.bench.roofline"):
+            return self._measure_roofline()
         settings = arguments["settings"]
         name = "engines" if settings is None else f"torch-{settings['precision']}"
         self.launched.append(name)
+        self.targets.add(target)
         if name in self._failures:
             raise self._failures[name]
         if arguments["output"]:
-            write_drawing(make_drawing(len(PROMPTS), 0.02 * (name == "engines")), Path(arguments["output"]))
+            shift = float("nan") if name == self._nan else 0.02 * (name == "engines")
+            write_drawing(make_drawing(len(PROMPTS), shift), Path(arguments["output"]))
         values = make_process(0, (100, 110)).model_dump(mode="json", exclude={"position", "peak_rss_bytes"})
+        values["conditions"] = {"clock_steps": 1, "throttled": 0}
         return Outcome(values | {"scheduler": "PLMS"}, 400_000_000, 3 * MS)
+
+    def _measure_roofline(self) -> Outcome:
+        if "roofline" in self._failures:
+            raise self._failures["roofline"]
+        record = {"device": "cpu", "precision": "fp32", "flops_per_s": 1e11, "copy_bytes_per_s": 1e10}
+        return Outcome({"roofline": [record], "flops": {"unet": 7}}, 400_000_000, 3 * MS)
 
     def draw(self, folder: Path, manifest: Any, settings: Any, scene: Any, output: Path, **_: Any) -> Any:
         self.launched.append(output.stem)
@@ -114,9 +103,10 @@ class FakeProcesses:
 
 
 def run_fakes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: dict[str, SdoptError], against: str
-) -> tuple[BenchResult, FakeProcesses]:
-    fakes = FakeProcesses(failures)
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: dict[str, SdoptError], against: str, *, nan: str = "",
+    **request: Any,
+) -> tuple[BenchResult, FakeProcesses]:  # fmt: skip
+    fakes = FakeProcesses(failures, nan)
     machine = EnvironmentRecord(sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={})
     monkeypatch.setattr(run_module, "run_isolated", fakes.run)
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
@@ -124,13 +114,15 @@ def run_fakes(
     monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk
     monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)
     monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
-    monkeypatch.setattr(run_module, "hash_file", lambda path: "cd" * 32)
+    monkeypatch.setattr(unet_module, "write_inputs", lambda *args: None)
+    for module in (run_module, describe_module):
+        monkeypatch.setattr(module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
-    return run_bench(BenchRequest(tmp_path, parse_against(against)), tmp_path), fakes
+    return run_bench(BenchRequest(tmp_path, parse_against(against), **request), tmp_path), fakes
 
 
 def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result, fakes = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32,eager-bf16")
+    result, fakes = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32,eager-bf16", suite="nightly")
     order = ["engines", "torch-fp32", "torch-bf16", "torch-bf16", "torch-fp32", "engines"]
     assert fakes.launched == [*order, "noise-floor"]
     report = result.report
@@ -141,6 +133,58 @@ def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, t
     assert report.candidates[0].fidelity[0].psnr_db == pytest.approx(34, abs=0.5)
     assert report.candidates[1].fidelity[0].psnr_db is None
     assert result.reference is result.drawings["eager-fp32"]
+    assert report.case.flops == {ComponentName.UNET: 7}
+    assert [record.flops_per_s for record in report.roofline] == [1e11]
+    assert report.case.inputs_digest == "cd" * 32
+    assert (report.method.settle_window, report.method.most_warm_up, report.method.suite) == (3, 20, "nightly")
+    for process in report.candidates[0].processes:
+        assert (process.conditions.clock_steps, process.conditions.throttled) == (1, 0)
+    assert report.notes == ()
+    assert report.audits == {
+        "engines": {
+            ComponentName.UNET: "bf16 on openvino; opset 23, 90 nodes, Attention in 8 of 8 attention layers; "
+            "parity error not checked"
+        }
+    }
+    # Engines read the graph; torch reads weights, of which this manifest has none.
+    assert [candidate.size_bytes for candidate in report.candidates] == [5, 0, 0]
+
+
+def test_a_candidate_that_draws_nan_fails_and_its_times_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result, fakes = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32", nan="engines")
+    engines, eager = result.report.candidates
+    assert (engines.status, eager.status) == (Status.FAILED, Status.OK)
+    assert "NaN" in engines.message
+    assert engines.samples_of(Stage.END_TO_END) == ((100 * MS, 110 * MS),)
+    assert engines.fidelity == ()
+    assert fakes.launched.count("engines") == 1
+    assert set(result.drawings) == {"eager-fp32"}
+
+
+def test_a_roof_that_cannot_be_measured_takes_nothing_from_the_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result, _ = run_fakes(monkeypatch, tmp_path, {"roofline": SdoptError("no memory")}, "eager-fp32")
+    assert result.report.roofline == ()
+    assert result.report.notes == ("the roofline was not measured: no memory",)
+    assert all(candidate.status is Status.OK for candidate in result.report.candidates)
+
+
+def test_the_scope_of_the_unet_draws_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result, fakes = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32", scope=Scope.UNET)
+    assert fakes.launched == ["engines", "torch-fp32", "torch-fp32", "engines"]
+    assert fakes.targets == {"sdopt.bench.unet:measure_unet"}
+    assert result.report.case.scope is Scope.UNET
+    assert (result.reference, dict(result.drawings)) == (None, {})
+
+
+def test_the_guidance_of_the_request_is_that_of_the_scene(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked, _ = run_fakes(monkeypatch, tmp_path, {}, "", guidance_scale=0.0)
+    assert asked.report.case.guidance_scale == 0
+    usual, _ = run_fakes(monkeypatch, tmp_path, {}, "")
+    assert usual.report.case.guidance_scale == VerifySettings().guidance_scale
 
 
 def test_a_failure_is_a_row_and_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -171,28 +215,6 @@ def test_without_a_reference_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
     assert result.reference is None
     assert result.report.candidates[0].status is Status.OK
     assert result.report.candidates[0].fidelity == ()
-
-
-def test_torch_settings_of_the_baselines() -> None:
-    found = list_candidates(BUNDLE, make_manifest(), None)
-    assert [c.name for c in found] == ["engines", "eager-fp32", "eager-bf16", "compile"]
-    assert [c.label for c in found][1:] == ["torch eager fp32", "torch eager bf16", "torch.compile fp32"]
-    assert found[3].settings == TorchSettings(compile=True)
-
-
-def test_beside_engines_of_a_gpu_torch_runs_there_as_fast_as_it_can() -> None:
-    backend = TensorRTSettings(kind="tensorrt-rtx")
-    manifest = make_manifest(unet=make_component(backend=backend, precision=Precision.FP16, plans=()))
-    found = list_candidates(BUNDLE, manifest, None)
-    assert [c.label for c in found] == ["TensorRT-RTX fp16", "torch eager fp16", "torch.compile fp16"]
-    assert [c.settings.device for c in found[1:]] == ["cuda", "cuda"]  # type: ignore[union-attr]
-    every = list_candidates(BUNDLE, manifest, tuple(Baseline))
-    assert {c.settings.device for c in every[1:]} == {"cuda"}  # type: ignore[union-attr]
-
-
-def test_fp16_on_a_cpu_is_skipped_with_the_reason() -> None:
-    _, fp16 = list_candidates(BUNDLE, make_manifest(), (Baseline.EAGER_FP16,))
-    assert "on a GPU" in fp16.missing
 
 
 def test_a_neighbour_is_noticed_and_the_benchs_own_work_is_not() -> None:
