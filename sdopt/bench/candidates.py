@@ -1,47 +1,34 @@
-"""Who is measured: the bundle's engines, and torch on the same weights in several ways."""
+"""Who is measured: the bundle's engines, torch on the same weights in several ways, other bundles, and a peer."""
 
 from __future__ import annotations
 
-import difflib
-import os
-import shutil
-from dataclasses import dataclass
-from enum import StrEnum
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
+from sdopt.bench.baselines import (
+    Baseline,
+    find_missing,
+    label_torch,
+    list_torch,
+    parse_against,
+    usual_baselines,
+)
 from sdopt.bench.report import CandidateKind
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
+from sdopt.fidelity.scene import starts_from_image
 from sdopt.fidelity.verdict import least_precision
-from sdopt.model.component import ComponentName
-from sdopt.model.precision import Precision
+from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
+from sdopt.pipeline.preflight import require_sound, require_trusted
+
+__all__ = ["ENGINES", "Baseline", "Candidate", "label_engines", "list_candidates", "parse_against"]
 
 ENGINES = "engines"
-
-
-class Baseline(StrEnum):
-    """What engines are measured against; the value is its name on the command line and in reports."""
-
-    EAGER_FP32 = "eager-fp32"
-    EAGER_BF16 = "eager-bf16"
-    EAGER_FP16 = "eager-fp16"
-    COMPILE = "compile"
-
-
-# On a GPU, what somebody would do who wants torch to be fast; fp32 is what nobody draws with there.
-_ON_CPU = {
-    Baseline.EAGER_FP32: TorchSettings(),
-    Baseline.EAGER_BF16: TorchSettings(precision=Precision.BF16),
-    Baseline.COMPILE: TorchSettings(compile=True),
-}
-_ON_GPU = {
-    Baseline.EAGER_FP16: TorchSettings(device="cuda", precision=Precision.FP16),
-    Baseline.COMPILE: TorchSettings(device="cuda", precision=Precision.FP16, compile=True),
-    Baseline.EAGER_FP32: TorchSettings(device="cuda"),
-    Baseline.EAGER_BF16: TorchSettings(device="cuda", precision=Precision.BF16),
-}
+_PEER_PACKAGES = ("optimum-onnx==0.1.0", "'onnxruntime>=1.23'", "'diffusers<0.36'", "'torch>=2.10,<2.14'", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -70,54 +57,118 @@ class Candidate:
         return {name: self.settings or record.backend for name, record in self.manifest.components.items()}
 
 
-def usual_baselines(manifest: BundleManifest) -> tuple[Baseline, ...]:
-    """What engines are measured against where nothing is asked for."""
-    return (Baseline.EAGER_FP16, Baseline.COMPILE) if engines_use_gpu(manifest) else tuple(_ON_CPU)
-
-
 def list_candidates(
-    folder: Path, manifest: BundleManifest, against: tuple[str, ...] | None, peer_python: Path | None = None
+    folder: Path,
+    manifest: BundleManifest,
+    against: tuple[str, ...] | None,
+    peer_python: Path | None = None,
+    trust_engines: tuple[str, ...] = (),
 ) -> tuple[Candidate, ...]:
     """The engines first, then what was asked for in that order, as `parse_against` gives it; None asks for the usual
     baselines.
+
+    Other bundles are checked as the measured one is: raises `ArtifactError` for one that is damaged, and
+    `UnsafeInputError` for plans that nobody vouched for. Raises `UsageError` for one bundle twice.
     """
-    del peer_python
     engines = Candidate(
         ENGINES, label_engines(manifest), least_precision(manifest), None, folder, manifest, CandidateKind.ENGINES
     )
-    chosen = usual_baselines(manifest) if against is None else tuple(Baseline(word) for word in against)
-    return (engines, *(_make_baseline(baseline, folder, manifest) for baseline in chosen))
+    found = {ENGINES: engines}
+    folders = {folder.resolve()}
+    for word in usual_baselines(on_gpu=engines_use_gpu(manifest)) if against is None else against:
+        if word == Baseline.OPTIMUM:
+            found.setdefault(word, _make_peer(engines, peer_python))
+        elif word in list(Baseline):
+            for each in _make_torch(engines, Baseline(word)):
+                found.setdefault(each.name, each)
+        else:
+            other = Path(word).expanduser()
+            if other.resolve() in folders:
+                raise UsageError(f"{other} is measured twice", hint="name each bundle once")
+            folders.add(other.resolve())
+            bundle = _open_bundle(engines, other, trust_engines)
+            unique = _make_unique(bundle.name, found)
+            found[unique] = replace(bundle, name=unique)
+    return tuple(found.values())
 
 
-def _make_baseline(baseline: Baseline, folder: Path, manifest: BundleManifest) -> Candidate:
-    settings = _ON_GPU[baseline] if engines_use_gpu(manifest) else _ON_CPU.get(baseline)
-    if settings is None:
-        return Candidate(
-            baseline.value, "torch eager fp16", Precision.FP16, TorchSettings(precision=Precision.FP16), folder,
-            manifest, CandidateKind.TORCH,
-            missing="torch computes in fp16 on a GPU, and these engines run on the CPU",
+def _make_torch(engines: Candidate, baseline: Baseline) -> list[Candidate]:
+    on_gpu = engines_use_gpu(engines.manifest)
+    made = []
+    for name, settings in list_torch(baseline, on_gpu=on_gpu).items():
+        # What this device cannot have is still a row, and says what it would be.
+        shown = settings or list_torch(baseline, on_gpu=True)[name] or TorchSettings()
+        made.append(
+            replace(
+                engines, name=name, label=label_torch(shown), precision=shown.precision, settings=shown,
+                kind=CandidateKind.TORCH, missing=find_missing(name, settings),
+            )
         )  # fmt: skip
-    label = f"{_label_runtime(settings)} {settings.precision}"
+    return made
+
+
+def _open_bundle(engines: Candidate, folder: Path, trust_engines: tuple[str, ...]) -> Candidate:
+    manifest = read_manifest(folder)
+    require_sound(folder, manifest)
+    require_trusted(folder, manifest, trust_engines)
     return Candidate(
-        baseline.value, label, settings.precision, settings, folder, manifest, CandidateKind.TORCH,
-        missing=_find_missing(baseline),
+        f"bundle-{_make_safe(folder.resolve().name)}", f"{label_engines(manifest)} of {folder.resolve().name}",
+        least_precision(manifest), None, folder, manifest, CandidateKind.BUNDLE,
+        missing=_find_difference(engines, folder, manifest),
     )  # fmt: skip
 
 
-def parse_against(text: str) -> tuple[str, ...]:
-    """`'eager-fp32,compile'` as baselines, each once. Empty is none. Raises `UsageError` for an unknown
-    one.
-    """
-    chosen: dict[Baseline, None] = {}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        if word not in list(Baseline):
-            near = difflib.get_close_matches(word, [baseline.value for baseline in Baseline], n=1)
-            known = f"known: {', '.join(Baseline)}"
-            raise UsageError(
-                f"there is no baseline {word!r}", hint=f"did you mean {near[0]!r}? {known}" if near else known
-            )
-        chosen[Baseline(word)] = None
-    return tuple(chosen)
+def _find_difference(engines: Candidate, folder: Path, manifest: BundleManifest) -> str:
+    """Why a bundle cannot draw the scene of the measured one; empty where it can."""
+    mine, its = (_describe_task(*each) for each in ((engines.folder, engines.manifest), (folder, manifest)))
+    parts = [f"{name} {its[name]}, not {mine[name]}" for name in mine if mine[name] != its[name]]
+    return f"it draws something else than the measured bundle: {'; '.join(parts)}" if parts else ""
+
+
+def _describe_task(folder: Path, manifest: BundleManifest) -> dict[str, str]:
+    config, profile = read_config(folder, ComponentName.VAE_DECODER), manifest.profile
+    return {
+        "family": manifest.family + (" inpainting" if manifest.inpainting else ""),
+        "picture size": f"{profile.width_px.opt}x{profile.height_px.opt}",
+        "batch": str(profile.batch.min),
+        "latents": f"{config['latent_channels']} channels at 1/{vae_factor(config)}",
+    }
+
+
+def _make_peer(engines: Candidate, python: Path | None) -> Candidate:
+    manifest = engines.manifest
+    dtypes = {t.dtype for r in manifest.components.values() for t in r.spec.inputs if t.dtype.is_float}
+    on_gpu = engines_use_gpu(manifest)
+    missing = ""
+    if python is None:
+        missing = (
+            "optimum lives in an environment of its own, for it pins an old transformers: python -m venv optimum-venv "
+            f"&& optimum-venv/bin/pip install {' '.join(_PEER_PACKAGES)}, then --peer-python optimum-venv/bin/python"
+        )
+    elif starts_from_image(manifest):
+        missing = "optimum is measured from text to image alone, and this bundle starts from a picture"
+    elif DType.BF16 in dtypes:
+        missing = (
+            "ONNX Runtime does not compute the bf16 graphs of these engines: convert with --precision fp16 or fp32"
+        )
+    precision = Precision.FP16 if DType.FP16 in dtypes else Precision.FP32
+    provider = " CUDA" if on_gpu else ""
+    return replace(
+        engines, name=Baseline.OPTIMUM.value, label=f"optimum ONNX Runtime{provider} {precision}", precision=precision,
+        kind=CandidateKind.PEER, python=python, missing=missing,
+    )  # fmt: skip
+
+
+def _make_safe(name: str) -> str:
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-.")[:40] or "other"
+
+
+def _make_unique(name: str, taken: dict[str, Candidate]) -> str:
+    count, unique = 1, name
+    while unique in taken:
+        count += 1
+        unique = f"{name}-{count}"
+    return unique
 
 
 def label_engines(manifest: BundleManifest) -> str:
@@ -136,13 +187,4 @@ def _label_runtime(settings: BackendSettings) -> str:
         case TensorRTSettings():
             return "TensorRT-RTX" if settings.kind == "tensorrt-rtx" else "TensorRT"
         case TorchSettings():
-            return "torch.compile" if settings.compile else "torch eager"
-
-
-def _find_missing(baseline: Baseline) -> str:
-    if baseline is not Baseline.COMPILE:
-        return ""
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
-    if any(shutil.which(name) for name in compilers if name):
-        return ""
-    return "torch.compile needs a C++ compiler, and there is none: apt-get install g++"
+            return "torch"
