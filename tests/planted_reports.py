@@ -7,18 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.artifacts.manifest import EnvironmentRecord
+from sdopt.artifacts.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
 from sdopt.bench.report import (
     BenchReport,
     CandidateKind,
     CandidateRecord,
     CaseRecord,
+    ComponentErrorRecord,
     Conditions,
     DeviceMemoryRecord,
+    LayerRecord,
     MachineRecord,
     MethodRecord,
     PictureRecord,
     ProcessRecord,
+    RooflineRecord,
+    Scope,
     Stage,
     Status,
 )
@@ -26,6 +30,7 @@ from sdopt.bench.run import BenchResult
 from sdopt.fidelity.draw import Drawing
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
 from sdopt.model.recipe import OpenVINOSettings, TorchSettings
 
 MS = 1_000_000
@@ -125,8 +130,143 @@ def make_drawing(count: int, shift: float = 0.0) -> Drawing:
 
 def make_result(report: BenchReport) -> BenchResult:
     count = len(report.case.prompts)
+    if not count:
+        return BenchResult(report, {}, None)
     reference = make_drawing(count)
-    return BenchResult(report, {"engines": make_drawing(count, 0.02), "eager-fp32": reference}, reference)
+    shifts = {"engines": 0.02, "eager-bf16": 0.01, "compile": 0.001}
+    drawings = {name: make_drawing(count, shift) for name, shift in shifts.items() if report.candidate(name)}
+    return BenchResult(report, {**drawings, "eager-fp32": reference}, reference)
+
+
+def make_full_process(position: int, whole_ms: tuple[int, ...]) -> ProcessRecord:
+    """One with every figure that a process can have on a CPU."""
+    base = make_process(position, whole_ms)
+    median_ms = sorted(whole_ms)[len(whole_ms) // 2]
+    return base.model_copy(
+        update={
+            "samples_ns": {**base.samples_ns, Stage.FIRST_STEP: tuple(ms * MS // 3 for ms in whole_ms)},
+            "warm_up_ns": tuple(ms * MS for ms in whole_ms[:3]),
+            "sweep_ns": {1: (median_ms * MS // 2,) * 2, 5: (2 * median_ms * MS, 2 * median_ms * MS + 1000)},
+            "energy_j": 3.5,
+            "energy_source": "rapl",
+            "rss_imported_bytes": 180_000_000,
+            "rss_loaded_bytes": 390_000_000,
+            "conditions": Conditions(
+                neighbours_cores=0.01, clock_mhz=(2990.0, 3010.0), throttled=0, steal_cores=0.0, clock_steps=0
+            ),
+        }
+    )
+
+
+def make_full_fidelity(prompts: tuple[str, ...], distance: float) -> tuple[PictureRecord, ...]:
+    """Pictures whose latents part from torch's a little more with each step."""
+    return tuple(
+        picture.model_copy(
+            update={
+                "latent_cosines": tuple(1 - distance * step for step in (1, 2, 4)),
+                "ciede2000_mean": 0.42,
+                "ciede2000_p99": 1.7,
+            }
+        )
+        for picture in make_fidelity(prompts)
+    )
+
+
+def make_quantization() -> QuantizationRecord:
+    """Of two blocks, one of which stayed in 16 bits."""
+    kept = BlockRecord(
+        name="down_blocks.0.attentions.0", layers=12, scheme=Scheme.INT8, quantized=True, reason="", error=0.0123,
+        speedup=SpeedupRecord(value=1.08, low=1.05, high=1.1),
+    )  # fmt: skip
+    refused = BlockRecord(
+        name="up_blocks.3.resnets.1", layers=4, scheme=Scheme.INT8, quantized=False, error=0.091, speedup=None,
+        reason="its error of 9.1 % is above the 5 % that one block may have, and it was therefore not timed",
+    )  # fmt: skip
+    return QuantizationRecord(
+        settings=ComponentQuantization(scheme=Scheme.INT8), calibration=CalibrationSettings(), trajectories="cd" * 32,
+        runtime="OpenVINO 2026.2", blocks=(kept, refused), error_limit=0.05, base_error=0.012, error=0.014,
+        speedup=SpeedupRecord(value=1.08, low=1.05, high=1.1), integer_layers=12, weights_bytes=900_000_000,
+        weights_bytes_16bit=1_700_000_000,
+    )  # fmt: skip
+
+
+def make_full_report(prompts: tuple[str, ...] = ("a red circle", "a star")) -> BenchReport:
+    """Five candidates, every section filled: engines with layers, three kinds of torch, and a peer that failed."""
+    engines_ms, compile_ms = (100, 104, 96, 110, 101, 99, 103, 102), (140, 139, 143, 141, 170, 140, 138, 142)
+    eager_ms, bf16_ms = (240, 250, 245, 260, 247, 244, 243, 251), (238, 251, 243, 262, 249, 241, 246, 250)
+    layers = tuple(
+        LayerRecord(component=ComponentName.UNET, layer=f"mid_block.attentions.{index}", relative_error=error,
+                    tolerance=0.004)
+        for index, error in enumerate((0.001, 0.002, 0.0052, 0.003))
+    )  # fmt: skip
+
+    def processes(whole_ms: tuple[int, ...], *positions: int) -> tuple[ProcessRecord, ...]:
+        shift = {position: place for place, position in enumerate(positions)}
+        return tuple(make_full_process(p, tuple(ms + shift[p] for ms in whole_ms)) for p in positions)
+
+    error = ComponentErrorRecord(relative_error=0.011, max_error=0.2, cosine=0.99994)
+    base = make_report(
+        prompts, processes=processes(engines_ms, 0, 7), fidelity=make_full_fidelity(prompts, 2e-5),
+        size_bytes=12_000_000, build_ns=31_000 * MS, errors={ComponentName.UNET: error}, layers=layers,
+    )  # fmt: skip
+    more = (
+        make_candidate("eager-fp32", (), prompts, processes=processes(eager_ms, 1, 6), label="torch eager fp32"),
+        make_candidate(
+            "eager-bf16", (), prompts, processes=processes(bf16_ms, 2, 5), label="torch eager bf16",
+            precision=Precision.BF16, fidelity=make_full_fidelity(prompts, 4e-5),
+        ),
+        make_candidate(
+            "compile", (), prompts, processes=processes(compile_ms, 3, 4),
+            label="torch.compile fp32, max-autotune, channels last", fidelity=make_full_fidelity(prompts, 1e-8),
+        ),
+        make_candidate(
+            "optimum", (), (), label="optimum, ONNX Runtime fp32", status=Status.FAILED, kind=CandidateKind.PEER,
+            message="the peer's Python has no optimum: pip install optimum[onnxruntime] there", processes=(),
+        ),
+    )  # fmt: skip
+    return base.model_copy(
+        update={
+            "candidates": (base.candidates[0], *more),
+            "case": base.case.model_copy(
+                update={
+                    "flops": {ComponentName.UNET: 40_000_000_000, ComponentName.VAE_DECODER: 6_000_000_000},
+                    "inputs_digest": "ef" * 32,
+                    "quantization": {ComponentName.UNET: make_quantization()},
+                }
+            ),
+            "roofline": (
+                RooflineRecord(device="cpu", precision=Precision.FP32, flops_per_s=2.5e12, copy_bytes_per_s=2.2e10),
+                RooflineRecord(device="cpu", precision=Precision.BF16, flops_per_s=7.5e12, copy_bytes_per_s=2.2e10),
+            ),
+            "audits": {"engines": {ComponentName.UNET: "1,024 nodes, 16 of 16 attentions as one Attention node"}},
+            "plugins": {"LPIPS": "not measured (no weights)", "CLIP score": "measured with clip (sha256 0123)"},
+            "method": base.method.model_copy(
+                update={
+                    "order": ("engines", "eager-fp32", "eager-bf16", "compile", "compile", "eager-bf16", "eager-fp32",
+                              "engines"),
+                    "settle_window": 3, "settle_tolerance": 0.02, "most_warm_up": 20, "suite": "nightly",
+                }
+            ),
+        }
+    )  # fmt: skip
+
+
+def make_unet_report() -> BenchReport:
+    """Of the UNet alone: nothing was drawn."""
+    base = make_report((), fidelity=())
+    steps = {Stage.UNET_STEP: (4100 * MS, 4150 * MS, 4090 * MS)}
+    slower = {Stage.UNET_STEP: (9100 * MS, 9350 * MS, 9190 * MS)}
+    candidates = tuple(
+        record.model_copy(
+            update={
+                "fidelity": (),
+                "processes": tuple(p.model_copy(update={"samples_ns": samples}) for p in record.processes),
+            }
+        )
+        for record, samples in zip(base.candidates, (steps, slower), strict=True)
+    )
+    case = base.case.model_copy(update={"scope": Scope.UNET, "width_px": 512, "height_px": 512})
+    return base.model_copy(update={"candidates": candidates, "case": case})
 
 
 BUNDLE = Path("bundle")

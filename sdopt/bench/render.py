@@ -2,68 +2,61 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from sdopt.artifacts.manifest import ImageFidelity
-from sdopt.bench.candidates import ENGINES, Baseline
-from sdopt.bench.plots import STAGE_LABELS, plot_latency, plot_memory, plot_stages
-from sdopt.bench.report import CandidateRecord, Stage, Status
+from sdopt.bench.candidates import ENGINES
+from sdopt.bench.conditions import list_problems
+from sdopt.bench.fidelity import CLIP_SCORE, FID, LPIPS
+from sdopt.bench.figures import (
+    find_energy,
+    find_layers,
+    fit_candidate,
+    list_processes,
+    measure_roofline_use,
+    split_device_memory,
+    split_memory,
+)
+from sdopt.bench.pairs import judge_pairs, lay_out_matrix
+from sdopt.bench.pictures import DIFFERENCE_GAIN, LOSSLESS_UP_TO_PX, MOST_PROMPTS, lay_out_grid, shorten
+from sdopt.bench.plots import Plot, plot_latency, plot_spread
+from sdopt.bench.report import BenchReport, Scope, Stage, Status
 from sdopt.bench.run import BenchResult
+from sdopt.bench.stage_plots import STAGE_LABELS, plot_cosines, plot_device_memory, plot_memory, plot_stages
 from sdopt.bench.summary import (
+    CandidateSummary,
     agrees,
     describe_result,
     find_baseline,
     format_bytes,
     format_ns,
+    format_p,
+    format_si,
     format_speed,
     summarize_candidates,
 )
 from sdopt.errors import MissingDependency
-from sdopt.fidelity.draw import Drawing
-from sdopt.fidelity.metrics import PictureFault, find_fault, map_difference, to_picture
 from sdopt.fidelity.verdict import format_psnr
 
 try:
     import jinja2
-    import markupsafe
 except ImportError as error:
     raise MissingDependency.of("jinja2", extra="report") from error
 
-_PROMPT_SHOWN_CHARS = 160
-_MOST_PROMPTS = 6
-_DIFFERENCE_GAIN = 10
-_SIDE_SHOWN_PX = 512
-# Small pictures are kept exactly; of large ones 15 have to fit into a few MB.
-_LOSSLESS_UP_TO_PX = 160
+# Worst first: more would make the page too large to send, and all are in report.json.
+_MOST_FIDELITY_ROWS = 120
+_MOST_PROCESSES = 200
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A picture of the grid: data URIs, and its figures against torch fp32 (None for torch itself)."""
+class IndexEntry:
+    """A report of several: its name, and where its page lies relative to the index."""
 
-    label: str
-    is_engines: bool
-    picture: str
-    difference: str
-    fidelity: ImageFidelity | None
-    fault: PictureFault | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt and a tile for each candidate. `shown` is the prompt, shortened."""
-
-    prompt: str
-    shown: str
-    seed: int
-    tiles: tuple[Tile, ...]
+    name: str
+    href: str
+    report: BenchReport
 
 
 def render_html(result: BenchResult) -> str:
@@ -71,35 +64,80 @@ def render_html(result: BenchResult) -> str:
     report = result.report
     rows = summarize_candidates(report)
     measured = [row for row in rows if row.whole]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(ns=format_ns, size=format_bytes, speed=format_speed, psnr=format_psnr, shorten=shorten)
-    plots = [plot(measured) for plot in (plot_latency, plot_stages, plot_memory)] if measured else []
-    template = environment.from_string(files("sdopt.bench").joinpath("report.html.j2").read_text("utf-8"))
-    return template.render(
+    pairs = judge_pairs(report)
+    processes = list_processes(report)
+    return _make_environment().get_template("report.html.j2").render(
         report=report,
         summary=describe_result(report),
+        dirt=list_problems(report),
         rows=rows,
-        stages=[(stage, _name_stage(stage)) for stage in Stage if any(stage in row.stages for row in rows)],
-        baseline=baseline.label if (baseline := find_baseline(report)) else "torch eager fp32",
-        on_gpu=any(row.peak_device_bytes is not None for row in rows),
-        on_gpu_by_torch=any(row.torch_peak_device_bytes is not None for row in rows),
-        device_memory=any(row.device_memory for row in rows),
-        end_to_end=Stage.END_TO_END,
-        ok=Status.OK,
-        engines=ENGINES,
-        agrees=lambda record: agrees(report, record),
-        plots=[markupsafe.Markup(plot) for plot in plots],  # noqa: S704 - made by matplotlib, which escapes its text
-        grid=_lay_out_grid(result),
-        prompts_left_out=max(0, len(report.case.prompts) - _MOST_PROMPTS),
-        gain=_DIFFERENCE_GAIN,
-        pixelated=max(report.case.width_px, report.case.height_px) <= _LOSSLESS_UP_TO_PX,
+        measured=measured,
+        stages=[(stage, _name_stage(stage)) for stage in Stage if any(stage in row.stages for row in measured)],
+        baseline=baseline.label if (baseline := find_baseline(report)) else "",
+        pairs=pairs,
+        matrix=lay_out_matrix(pairs),
+        roofline=measure_roofline_use(report, rows),
+        memory=[(row, split_memory(row.record), split_device_memory(row)) for row in measured],
+        fits=[(row, fit) for row in measured if (fit := fit_candidate(row.record))],
+        energy={row.record.name: find_energy(row.record) for row in measured},
+        errors=[(record, *item) for record in report.candidates for item in record.errors.items()],
+        layers=find_layers(report),
+        plugins={name: report.plugins.get(name, "not measured (no weights)") for name in (LPIPS, CLIP_SCORE, FID)},
+        processes=processes[:_MOST_PROCESSES],
+        processes_left_out=max(0, len(processes) - _MOST_PROCESSES),
+        plots=_draw_plots(report, measured),
+        fidelity=_sort_fidelity(report),
+        grid=lay_out_grid(result),
+        prompts_left_out=max(0, len(report.case.prompts) - MOST_PROMPTS),
+        pixelated=max(report.case.width_px, report.case.height_px) <= LOSSLESS_UP_TO_PX,
+        gain=DIFFERENCE_GAIN, most_fidelity_rows=_MOST_FIDELITY_ROWS, engines=ENGINES, ok=Status.OK, Stage=Stage,
+        draws=report.case.scope is Scope.PICTURES,
+    )  # fmt: skip
+
+
+def render_index(title: str, entries: Sequence[IndexEntry]) -> str:
+    """A page that links the reports of several runs, each with its summary."""
+    template = _make_environment().get_template("index.html.j2")
+    return template.render(title=title, entries=[(entry, describe_result(entry.report)) for entry in entries])
+
+
+def _make_environment() -> jinja2.Environment:
+    folder = files("sdopt.bench").joinpath("templates")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(
+        ns=format_ns, size=format_bytes, speed=format_speed, psnr=format_psnr, shorten=shorten, p=format_p, si=format_si
     )
+    return environment
 
 
-def shorten(text: str, limit: int = _PROMPT_SHOWN_CHARS) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _draw_plots(report: BenchReport, measured: Sequence[CandidateSummary]) -> dict[str, Plot]:
+    """By name; those that have nothing to show are left out."""
+    if not measured:
+        return {}
+    plots: dict[str, Plot | None] = {
+        "latency": plot_latency(measured),
+        "spread": plot_spread(measured),
+        "stages": plot_stages(measured) if report.case.scope is Scope.PICTURES else None,
+        "memory": plot_memory(measured),
+        "device-memory": plot_device_memory(measured),
+        "cosines": plot_cosines(measured),
+    }
+    return {name: plot for name, plot in plots.items() if plot}
+
+
+def _sort_fidelity(report: BenchReport) -> list[tuple[Any, Any, bool]]:
+    """(candidate, picture, within its limits): in the report's order, or the worst first where they are many."""
+    found = [
+        (record, picture, good)
+        for record in report.candidates
+        for picture, good in zip(record.fidelity, agrees(report, record), strict=True)
+    ]
+    if len(found) > _MOST_FIDELITY_ROWS:
+        found.sort(key=lambda each: float("inf") if each[1].psnr_db is None else each[1].psnr_db)
+    return found
 
 
 def _name_stage(stage: Stage) -> str:
@@ -108,55 +146,7 @@ def _name_stage(stage: Stage) -> str:
             return "end to end"
         case Stage.UNET_STEP:
             return "UNet step"
+        case Stage.FIRST_STEP:
+            return "time to first step"
         case _:
             return STAGE_LABELS[stage]
-
-
-def _lay_out_grid(result: BenchResult) -> list[Row]:
-    report = result.report
-    return [
-        Row(
-            prompt=prompt,
-            shown=shorten(prompt) or "(an empty prompt)",
-            seed=report.case.seed + index,
-            tiles=tuple(_make_tiles(result, index)),
-        )
-        for index, prompt in enumerate(report.case.prompts[:_MOST_PROMPTS])
-    ]
-
-
-def _make_tiles(result: BenchResult, index: int) -> Sequence[Tile]:
-    tiles = []
-    drawn = [c for c in result.report.candidates if c.name in result.drawings]
-    if result.reference is not None and all(c.name != Baseline.EAGER_FP32 for c in drawn):
-        tiles.append(_make_tile(None, result.reference, None, index))
-    return [*tiles, *(_make_tile(c, result.drawings[c.name], result.reference, index) for c in drawn)]
-
-
-def _make_tile(candidate: CandidateRecord | None, drawing: Drawing, reference: Drawing | None, index: int) -> Tile:
-    image = drawing.images[index]
-    picture = to_picture(image)
-    is_reference = reference is None or reference is drawing
-    difference = (
-        ""
-        if is_reference
-        else encode_picture(
-            map_difference(to_picture(reference.images[index]), picture, _DIFFERENCE_GAIN)  # type: ignore[union-attr]
-        )
-    )
-    fidelity = candidate.fidelity[index] if candidate and candidate.fidelity and not is_reference else None
-    label = candidate.label if candidate else "torch eager fp32"
-    is_engines = candidate is not None and candidate.name == ENGINES
-    return Tile(label, is_engines, encode_picture(picture), difference, fidelity, find_fault(image))
-
-
-def encode_picture(picture: np.ndarray) -> str:
-    """uint8 RGB as a WebP data URI: exact when small, else at most 512 px a side."""
-    image = Image.fromarray(picture)
-    buffer = io.BytesIO()
-    if max(image.size) <= _LOSSLESS_UP_TO_PX:
-        image.save(buffer, "WEBP", lossless=True)
-    else:
-        image.thumbnail((_SIDE_SHOWN_PX, _SIDE_SHOWN_PX), Image.Resampling.LANCZOS)
-        image.save(buffer, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

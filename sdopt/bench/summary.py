@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sdopt.bench.candidates import ENGINES, Baseline
-from sdopt.bench.report import BenchReport, CandidateRecord, DeviceMemoryRecord, ProcessRecord, Stage, Status
-from sdopt.bench.stats import Ratio, Summary, compare_speed, summarize
+from sdopt.bench.conditions import list_problems
+from sdopt.bench.report import BenchReport, CandidateRecord, DeviceMemoryRecord, ProcessRecord, Scope, Stage, Status
+from sdopt.bench.stats import PairVerdict, Ratio, Speed, Summary, compare_speed, judge_pair, summarize
 from sdopt.fidelity.verdict import find_limits, format_psnr
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 
-# Smaller differences are called none: another layout of the same code in memory makes as much.
-_LEAST_EFFECT = 0.02
-
-NOT_MEASURED = "-"
+NOT_MEASURED = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
 class CandidateSummary:
     """A candidate's derived figures. `speed` is against the baseline; None where either was not measured.
 
+    `main_stage` is the one that decides what is faster.
     `device_memory` is what its engines hold of the GPU, by component; empty where no runtime says it.
     """
 
     record: CandidateRecord
+    main_stage: Stage
     stages: dict[Stage, Summary]
     speed: Ratio | None
     load_ns: float | None
@@ -39,7 +39,8 @@ class CandidateSummary:
 
     @property
     def whole(self) -> Summary | None:
-        return self.stages.get(Stage.END_TO_END)
+        """Of the stage that decides; None for a candidate that failed."""
+        return self.stages.get(self.main_stage) if self.record.status is Status.OK else None
 
     @property
     def worst_psnr_db(self) -> float | None:
@@ -54,18 +55,18 @@ def find_baseline(report: BenchReport) -> CandidateRecord | None:
 
 def summarize_candidates(report: BenchReport) -> list[CandidateSummary]:
     baseline = find_baseline(report)
-    return [_summarize(candidate, baseline) for candidate in report.candidates]
+    return [_summarize(candidate, baseline, report.case.scope.stage) for candidate in report.candidates]
 
 
-def _summarize(record: CandidateRecord, baseline: CandidateRecord | None) -> CandidateSummary:
+def _summarize(record: CandidateRecord, baseline: CandidateRecord | None, main_stage: Stage) -> CandidateSummary:
     stages = {stage: summary for stage in Stage if (summary := summarize(record.samples_of(stage)))}
     speed = None
     if baseline is not None and baseline.name != record.name:
-        speed = compare_speed(baseline.samples_of(Stage.END_TO_END), record.samples_of(Stage.END_TO_END))
+        speed = compare_speed(baseline.samples_of(main_stage), record.samples_of(main_stage))
     processes = record.processes
     # The least of several cold starts: the first one also pays for a cold disk cache.
     return CandidateSummary(
-        record, stages, speed,
+        record, main_stage, stages, speed,
         load_ns=min((process.load_ns for process in processes), default=None),
         first_picture_ns=min((process.first_picture_ns for process in processes), default=None),
         cold_start_ns=min((process.cold_start_ns for process in processes), default=None),
@@ -88,36 +89,55 @@ def _most_device_memory(processes: Sequence[ProcessRecord]) -> dict[ComponentNam
 
 
 def describe_result(report: BenchReport) -> str:
-    """The result in a sentence or three: how fast the engines are, and whether the pictures agree."""
+    """The result in a few sentences: how fast the engines are, whether the run can be believed, and whether the
+    pictures agree.
+    """
     engines = report.candidate(ENGINES)
     if engines is None:
         return "The engines of the bundle were not measured."
     if engines.status is not Status.OK:
         return f"The engines ({engines.label}) {engines.status}: {engines.message.splitlines()[0]}"
-    speeds = [
-        f"{_describe_speed(ratio)} {baseline.label}"
-        for baseline in report.candidates
-        if baseline.name != ENGINES
-        and (ratio := compare_speed(baseline.samples_of(Stage.END_TO_END), engines.samples_of(Stage.END_TO_END)))
+    parts = [
+        _describe_speeds(report, engines),
+        *(f"{other.label} {other.status}." for other in report.candidates if other.status is not Status.OK),
+        *([f"{_capitalise(_join(dirt))}, so measure again before you believe the times."]
+          if (dirt := list_problems(report)) else []),
+        _describe_pictures(report, engines),
+    ]  # fmt: skip
+    return " ".join(filter(None, parts)) + _describe_device_memory(engines)
+
+
+def _describe_speeds(report: BenchReport, engines: CandidateRecord) -> str:
+    stage = report.case.scope.stage
+    groups = engines.samples_of(stage)
+    whole = summarize(groups)
+    judged = [
+        (verdict, other.label)
+        for other in report.candidates
+        if other.name != ENGINES
+        and other.status is Status.OK
+        and (verdict := judge_pair(other.samples_of(stage), groups))
     ]
-    whole = summarize(engines.samples_of(Stage.END_TO_END))
+    parts = [text for speed in Speed if (text := _describe_verdicts(speed, judged))]
     what = "a picture" if report.case.batch == 1 else f"{report.case.batch} pictures"
-    first = f"{engines.label} draws {what} in {format_ns(whole.median_ns if whole else None)}"
-    if speeds:
-        first += f": {_join(speeds)}"
-    if report.machine.conditions.was_shared:
-        shared = f"{report.machine.conditions.neighbours_cores:.1f} of {report.machine.logical_cores} cores"
-        first += f". Other programs kept {shared} busy, so measure again before you believe the times"
-    return f"{first}. {_describe_pictures(report, engines)}{_describe_device_memory(engines)}"
+    does = f"draws {what}" if report.case.scope is Scope.PICTURES else "takes a step of the UNet"
+    text = f"{engines.label} {does} in {format_ns(whole.median_ns if whole else None)}"
+    return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 
-def _describe_speed(ratio: Ratio) -> str:
-    if ratio.low <= 1 <= ratio.high or abs(ratio.value - 1) < _LEAST_EFFECT:
-        return "no faster or slower than"
-    return f"{ratio.value:.2f} times as fast as"
+def _describe_verdicts(speed: Speed, judged: Sequence[tuple[PairVerdict, str]]) -> str:
+    """'faster than A (2.43 times as fast) and B (1.40 times as fast)'; empty where no pair has this verdict."""
+    chosen = [(verdict, label) for verdict, label in judged if verdict.speed is speed]
+    if not chosen:
+        return ""
+    if speed is Speed.NO_DIFFERENCE:
+        return f"no difference from {_join([label for _, label in chosen])}"
+    return f"{speed} than {_join([f'{label} ({verdict.ratio.value:.2f} times as fast)' for verdict, label in chosen])}"
 
 
 def _describe_pictures(report: BenchReport, engines: CandidateRecord) -> str:
+    if report.case.scope is not Scope.PICTURES:
+        return "No pictures were drawn."
     if not engines.fidelity:
         return "Its pictures were not compared, because torch fp32 could not draw them."
     worst = min(engines.fidelity, key=lambda f: math.inf if f.psnr_db is None else f.psnr_db)
@@ -176,8 +196,25 @@ def format_bytes(value_bytes: float | None) -> str:
     return f"{value_bytes:.0f} B"
 
 
+def format_si(value: float) -> str:
+    """Three digits and a prefix with its space, to stand before a unit: '1.23 T'."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
 def format_speed(ratio: Ratio | None) -> str:
     return NOT_MEASURED if ratio is None else f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def format_p(value: float) -> str:
+    """A p value with two digits; what is smaller than 0.0001 only as that."""
+    return "<0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def _capitalise(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _join(parts: Sequence[str]) -> str:
