@@ -61,11 +61,11 @@ def _describe_gpus(before: tuple[GpuRecord, ...], after: tuple[GpuRecord, ...]) 
         yield f"GPU {names[0]} -> {names[1]}"
         return
     for index, (older, newer) in enumerate(zip(before, after, strict=True)):
-        which = f" of GPU {index}" if len(before) > 1 else ""
         if older.driver != newer.driver:
+            which = f" of GPU {index}" if len(before) > 1 else ""
             yield f"NVIDIA driver{which} {older.driver} -> {newer.driver}"
         elif _list_gpu_facts(older) != _list_gpu_facts(newer):
-            yield f"memory, generation or CUDA{which} {older.name}"
+            yield f"memory, generation or CUDA of {older.name}"
 
 
 def _describe_libraries(before: dict[str, str], after: dict[str, str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench.report import Conditions
@@ -17,7 +17,8 @@ SCHEMA_VERSION = 1
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Equal pictures have an infinite PSNR, which JSON has no number for.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Metric(StrEnum):
@@ -132,6 +133,12 @@ class RunRecord(_Record):
     wall_ns: int = 0
     verdict: Literal["", "pass", "alarm"] = ""
     """What the gate said of it, where it was asked: the last good commit is that of the last run that passed."""
+
+    @model_validator(mode="after")
+    def _once_each(self) -> RunRecord:
+        if len({series.key for series in self.series}) < len(self.series):
+            raise ValueError(f"{self.id} has a series twice")
+        return self
 
     def find(self, key: SeriesKey) -> SeriesRecord | None:
         return next((series for series in self.series if series.key == key), None)
