@@ -11,7 +11,8 @@ from sdopt.perf.multiple import adjust_p_values
 from sdopt.perf.record import SeriesKey
 from sdopt.perf.screen import Suspect
 
-LEVEL = 0.05
+LEVEL = 0.02
+"""Of the q-values: what `judge_pair` finds at 5 % would wake somebody for nothing once a month on a noisy machine."""
 CONFIRM_PROCESSES = 6
 """Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt."""
 

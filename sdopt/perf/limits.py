@@ -49,11 +49,16 @@ def find_failures(complete: RunRecord | None, tonight: RunRecord) -> list[Findin
 
 
 def find_missing(expected: Iterable[SeriesKey], values: NightValues, tonight: RunRecord) -> list[Finding]:
-    """A finding for each candidate that lacks series tonight (or has a NaN in one), unless its failure says so."""
+    """A finding for each candidate that lacks series tonight (or has a NaN in one), unless its failure says so.
+
+    A build whose parts were found in a store has no build time, and that is no loss.
+    """
     failed = {(failure.case, failure.candidate) for failure in tonight.failures}
     lost: dict[tuple[str, str], list[SeriesKey]] = {}
     for key in expected:
-        if key not in values and not failed & {(key.case, key.candidate), (key.case, "")}:
+        if key.metric.kind is MetricKind.BUILD or key in values:
+            continue
+        if not failed & {(key.case, key.candidate), (key.case, "")}:
             lost.setdefault((key.case, key.candidate), []).append(key)
     findings = [
         Finding(

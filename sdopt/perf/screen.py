@@ -5,7 +5,8 @@ scaled to standard deviations: of normal nights they are 2.7, which about one cl
 slow-down still does where nights differ by 1 %. Scaled, they would be 4 standard deviations, and blind to it.
 
 The machine as a whole is a little faster on some nights than on others. Where a night has enough series, each is
-looked at a second time with the median change of all series taken out. That can only add suspects.
+looked at a second time with the median change of all series taken out, and 3 MAD are enough. That can only add
+suspects.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from sdopt.perf.record import MetricKind, SeriesKey
 
 LEAST_CHANGE = 0.02
 MADS = 4.0
+MADS_APART = 3.0
+"""Two standard deviations of what is left once the machine's own nights are taken out."""
 FEW_NIGHTS = 5
 """With fewer, a MAD says nothing (of one night it is 0): 2 % ask for a confirmation, and nothing less than 5 % may
 do without one.
 """
 UNCONFIRMED_CHANGE = 0.05
+UNCONFIRMED_MADS = 6.0
 SHIFT_SERIES = 8
 """The median of fewer series may be the change that is looked for."""
 
@@ -41,13 +45,20 @@ class Suspect:
     plain: bool
     """Whether it did so as it was measured, and not only beside the other series."""
     apart: bool
-    """Whether it did so beside the others, which tells it from a slow night of the machine."""
+    """Whether it did so beside the others, by 3 MAD, which tells it from a slow night of the machine."""
+    far: bool
+    """The same by 4 MAD."""
 
     @property
     def stands_alone(self) -> bool:
-        """Large and well founded enough to count without a confirmation, on two nights in a row."""
-        enough = self.nights >= FEW_NIGHTS or abs(self.change) > UNCONFIRMED_CHANGE
-        return self.plain and enough
+        """Well founded enough to count without a confirmation, on two nights in a row.
+
+        A slow night of the machine is not, unless it is 5 % and 6 MAD slower (four standard deviations); nor is less
+        than that with few nights.
+        """
+        if abs(self.change) > max(UNCONFIRMED_CHANGE, UNCONFIRMED_MADS / MADS * self.threshold):
+            return self.plain
+        return self.nights >= FEW_NIGHTS and self.far and abs(self.change) > LEAST_CHANGE
 
 
 def screen_times(nights: Sequence[NightValues], tonight: NightValues) -> tuple[Suspect, ...]:
@@ -57,32 +68,24 @@ def screen_times(nights: Sequence[NightValues], tonight: NightValues) -> tuple[S
     they are out of their range.
     """
     times = {key: value for key, value in tonight.items() if key.metric.kind is MetricKind.TIME}
-    plain = _find_outside(nights, times)
+    plain = _find_outside(nights, times, MADS)
     usual = {key: median(before) for key in times if (before := collect(nights, key))}
     shifts = [_find_shift(usual, values) for values in (*nights, times)]
-    apart = plain
+    apart = far = plain
     if all(shift is not None for shift in shifts):
         even = [_divide(values, shift or 1.0) for values, shift in zip((*nights, times), shifts, strict=True)]
-        apart = _find_outside(even[:-1], even[-1])
-    suspects = [
-        _make_suspect(key, plain.get(key), apart.get(key), collect(nights, key), times[key])
-        for key in sorted(plain.keys() | apart.keys(), key=str)
-    ]
+        apart, far = (_find_outside(even[:-1], even[-1], mads) for mads in (MADS_APART, MADS))
+    suspects = []
+    for key in sorted(plain.keys() | apart.keys(), key=str):
+        before = collect(nights, key)
+        old, new = median(before), times[key]
+        threshold = plain[key] if key in plain else apart[key]
+        seen = (key in plain, key in apart, key in far)
+        suspects.append(Suspect(key, old, new, relative_change(old, new), threshold, len(before), *seen))
     return tuple(sorted(suspects, key=lambda s: (not s.apart, -abs(s.change) / s.threshold)))
 
 
-def _make_suspect(
-    key: SeriesKey, plain: float | None, apart: float | None, before: Sequence[float], new: float
-) -> Suspect:
-    old = median(before)
-    threshold = plain if plain is not None else apart
-    return Suspect(
-        key, old, new, relative_change(old, new), threshold or LEAST_CHANGE, len(before),
-        plain is not None, apart is not None,
-    )  # fmt: skip
-
-
-def _find_outside(nights: Sequence[NightValues], tonight: NightValues) -> dict[SeriesKey, float]:
+def _find_outside(nights: Sequence[NightValues], tonight: NightValues, mads: float) -> dict[SeriesKey, float]:
     """By series that is outside of its range, the threshold that it exceeded."""
     found = {}
     for key, new in tonight.items():
@@ -91,7 +94,7 @@ def _find_outside(nights: Sequence[NightValues], tonight: NightValues) -> dict[S
             continue
         old = median(before)
         mad = median(abs(value - old) for value in before)
-        threshold = max(LEAST_CHANGE, MADS * mad / old if old else 0.0)
+        threshold = max(LEAST_CHANGE, mads * mad / old if old else 0.0)
         if abs(relative_change(old, new)) > threshold:
             found[key] = threshold
     return found
