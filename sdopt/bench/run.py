@@ -139,6 +139,25 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     return BenchResult(report, drawings, reference)
 
 
+def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessRecord:
+    """One process of the candidate `name`, as `run_bench` runs it; nothing is compared. `work` as there.
+
+    Raises what `run_bench` raises, and `SdoptError` for a candidate that is not there or fails.
+    """
+    manifest = read_manifest(request.folder)
+    require_sound(request.folder, manifest)
+    require_trusted(request.folder, manifest, request.trust_engines)
+    candidates = list_candidates(request.folder, manifest, request.against, request.peer_python)
+    found = next((candidate for candidate in candidates if candidate.name == name), None)
+    if found is None:
+        raise SdoptError(f"there is no candidate {name!r}; there are {', '.join(each.name for each in candidates)}")
+    row = _Row(found, work / f"{name}.safetensors")
+    _run_row(request, _prepare_scene(request, manifest, work), row, 0, 1)
+    if row.status is not Status.OK:
+        raise SdoptError(f"{found.label} {row.status}: {row.message}")
+    return row.processes[0]
+
+
 def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) -> Scene:
     """The scene, with its inputs on disk: one file for every candidate."""
     verify = manifest.recipe.verify

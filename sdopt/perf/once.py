@@ -1,0 +1,114 @@
+"""The work that the nightly job has done by a tree's own code: build a bundle, bench it, measure one process of it.
+
+Each function is the entry of a child (`Tree.call`), which may run in the tree of an older commit: what it takes and
+gives back is an API, JSON both ways, and `protocol` counts its changes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdopt.artifacts.files import hash_file
+from sdopt.artifacts.manifest import MANIFEST_NAME
+from sdopt.bench.report import write_report
+from sdopt.bench.suite import SuiteCase, SuiteMethod
+from sdopt.errors import SdoptError
+from sdopt.isolation import JsonTable
+from sdopt.perf.worktree import require_tree
+
+if TYPE_CHECKING:
+    from sdopt.bench.run import BenchRequest
+
+PROTOCOL = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a suite's case: its number of steps is decided."""
+
+    name: str
+    """Of the series: the case, with its steps where the case has several."""
+    case: SuiteCase
+    steps: int
+    method: SuiteMethod
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "case": self.case.model_dump(mode="json"), "steps": self.steps,
+            "method": self.method.model_dump(mode="json"),
+        }  # fmt: skip
+
+
+def build(arguments: JsonTable) -> JsonTable:
+    """Convert `source` by `recipe` to the folder `output`. Returns the digest of its manifest, the time that the build
+    took in ns, and what of it was found in the store; both null where a manifest does not say.
+    """
+    _require_protocol(arguments)
+    from sdopt.build.convert import convert
+    from sdopt.build.open import open_plan
+    from sdopt.model.recipe import parse_recipe
+
+    recipe = parse_recipe({**arguments["recipe"], "source": arguments["source"]}, where="the suite")
+    output = Path(arguments["output"])
+    manifest = convert(open_plan(recipe), output)
+    record = manifest.build
+    return {
+        "digest": hash_file(output / MANIFEST_NAME),
+        "wall_ns": record.wall_ns if record else None,
+        "reused": list(record.reused) if record else None,
+    }
+
+
+def bench(arguments: JsonTable) -> JsonTable:
+    """Run `job` on the bundle in `folder`, all its candidates, and write the report to the file `report`."""
+    _require_protocol(arguments)
+    from sdopt.bench.run import run_bench
+
+    with tempfile.TemporaryDirectory(prefix="sdopt-perf-") as work:
+        write_report(Path(arguments["report"]), run_bench(_make_request(arguments), Path(work)).report)
+    return {}
+
+
+def measure(arguments: JsonTable) -> JsonTable:
+    """One process of `candidate` on the bundle in `folder`, in `job`'s way: its `ProcessRecord` of a bench report."""
+    _require_protocol(arguments)
+    from sdopt.bench.run import measure_process
+
+    with tempfile.TemporaryDirectory(prefix="sdopt-perf-") as work:
+        process = measure_process(_make_request(arguments), str(arguments["candidate"]), Path(work))
+    return {"process": process.model_dump(mode="json")}
+
+
+def _make_request(arguments: JsonTable) -> BenchRequest:
+    from sdopt.bench.run import BenchRequest
+    from sdopt.bench.steady import Effort
+
+    job = _read_job(arguments)
+    case, method = job.case, job.method
+    effort = Effort(
+        least_pictures=method.least_pictures, most_pictures=method.most_pictures,
+        picture_budget_s=method.picture_budget_s,
+    )  # fmt: skip
+    return BenchRequest(
+        Path(arguments["folder"]), against=case.against, prompts=case.prompts, steps=job.steps, repeats=method.repeats,
+        time_limit_s=method.time_limit_s, command=str(arguments.get("command", "")), scope=case.scope,
+        guidance_scale=case.guidance_scale, suite=str(arguments.get("suite", "")), effort=effort,
+    )  # fmt: skip
+
+
+def _read_job(arguments: JsonTable) -> Job:
+    values = arguments["job"]
+    return Job(
+        values["name"], SuiteCase.model_validate_json(json.dumps(values["case"])), int(values["steps"]),
+        SuiteMethod.model_validate_json(json.dumps(values["method"])),
+    )  # fmt: skip
+
+
+def _require_protocol(arguments: JsonTable) -> None:
+    require_tree(arguments)
+    if arguments["protocol"] != PROTOCOL:
+        raise SdoptError(f"this tree speaks protocol {PROTOCOL}, and was asked in {arguments['protocol']}")
