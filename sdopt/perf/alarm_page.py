@@ -87,7 +87,7 @@ def _list_sections(report: GateReport, tonight: RunRecord) -> list[_Section]:
     sections = [
         _Section("Findings", tuple(map(_list_cells, shown)), items),
         _Section("What to do", commands=_list_commands(report)),
-        _Section("Looked at", items=(*_describe_screen(report), *report.notes)),
+        _Section("Looked at", items=(*_describe_screen(report), *map(_shorten, report.notes))),
         _Section("Environment", items=_describe_environment(tonight)),
     ]
     return [section for section in sections if section.rows or section.items or section.commands]

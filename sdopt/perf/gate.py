@@ -18,6 +18,7 @@ from sdopt.perf.nights import (
     collect,
     find_complete,
     find_last_good,
+    is_accepted,
     same_series,
     select_nights,
     take_values,
@@ -49,9 +50,10 @@ def judge_night(records: Sequence[RunRecord], tonight: RunRecord, confirm: Confi
     if tonight.dirty:
         findings += _find_blindness(before, tonight)
     else:
-        suspects = judge_suspects(screen_times(nights, values), confirm, _screen_last_night(before, tonight))
+        last = _find_last_clean(before, tonight)
+        suspects = _judge_times(before, last, values, nights, confirm)
         findings += [finding for suspect in suspects if (finding := _to_finding(suspect))]
-        weekly = is_first_of_week(_find_last_clean(before, tonight), tonight)
+        weekly = is_first_of_week(last, tonight)
         if weekly:
             findings += _find_drift(before, tonight, values, {f.series for f in findings if f.series})
     order = list(Rule)
@@ -74,19 +76,30 @@ def _check_figures(
     return findings if tonight.dirty else findings + list(check_limits(clean, builds))
 
 
-def _screen_last_night(before: Sequence[RunRecord], tonight: RunRecord) -> dict[SeriesKey, Suspect]:
-    """What the screen says of the clean night before. Nothing where that night passed: its suspects were cleared."""
-    last = _find_last_clean(before, tonight)
-    if last is None or last.verdict == "pass":
-        return {}
-    earlier = before[: next(index for index, record in enumerate(before) if record.id == last.id)]
-    nights = select_nights(earlier, last, clean=True)
-    return {suspect.key: suspect for suspect in screen_times(nights, take_values(last))}
+def _judge_times(
+    before: Sequence[RunRecord],
+    last: RunRecord | None,
+    values: NightValues,
+    nights: Sequence[NightValues],
+    confirm: Confirm | None,
+) -> tuple[SuspectRecord, ...]:
+    """`last` is the clean night before: of two nights in a row, both are held against those before them.
+
+    Where that night passed, its suspects were cleared; where it alarmed, it is none of the nights.
+    """
+    doubtful: dict[SeriesKey, Suspect] = {}
+    if last is not None and last.verdict != "pass":
+        earlier = before[: next(index for index, record in enumerate(before) if record.id == last.id)]
+        past = screen_times(select_nights(earlier, last, clean=True), take_values(last))
+        doubtful = {suspect.key: suspect for suspect in past}
+        if last.verdict != "alarm":
+            nights = [*nights[:-1], {key: value for key, value in nights[-1].items() if key not in doubtful}]
+    return judge_suspects(screen_times(nights, values), confirm, doubtful)
 
 
 def _find_last_clean(before: Sequence[RunRecord], tonight: RunRecord) -> RunRecord | None:
-    clean = (r for r in reversed(same_series(before, tonight)) if not r.dirty and r.kind is not RunKind.MANUAL)
-    return next(clean, None)
+    runs = (r for r in reversed(same_series(before, tonight)) if not r.dirty)
+    return next((run for run in runs if run.kind is not RunKind.MANUAL or is_accepted(run)), None)
 
 
 def _find_drift(
