@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sdopt.bench.report import (
     BenchReport,
+    CandidateKind,
     CandidateRecord,
     LayerRecord,
     PictureRecord,
@@ -20,6 +21,7 @@ from sdopt.bench.stats import StepFit, fit_steps
 from sdopt.bench.summary import CandidateSummary
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 
 WORST_LAYERS = 10
 _COMPONENT_STAGES = {
@@ -32,8 +34,8 @@ _COMPONENT_STAGES = {
 
 @dataclass(frozen=True)
 class RooflineUse:
-    """What part of the machine's measured product rate a network reaches. `against` is the precision of that
-    rate: the candidate's own, or the fastest measured where its own was not.
+    """What part of the machine's measured product rate a network reaches. `precision` is what the network computes in,
+    `against` that of the rate: the same, or the fastest measured where there is no rate of it.
     """
 
     candidate: CandidateRecord
@@ -42,11 +44,8 @@ class RooflineUse:
     median_ns: float
     flops_per_s: float
     share: float
+    precision: Precision
     against: Precision
-
-    @property
-    def is_own_precision(self) -> bool:
-        return self.against is self.candidate.precision
 
 
 @dataclass(frozen=True)
@@ -83,31 +82,47 @@ def measure_roofline_use(report: BenchReport, rows: Sequence[CandidateSummary]) 
     uses = []
     # Both encoders' runs are samples of one stage: which is whose cannot be told.
     shared = ComponentName.TEXT_ENCODER_2 in report.case.flops
-    for row in rows:
-        rate = _find_rate(report, row.record) if row.whole else None
+    for row in rows if report.roofline else ():
         for component, flops in report.case.flops.items():
             stage = _COMPONENT_STAGES.get(component)
-            if rate is None or stage is None or stage not in row.stages or (shared and component.is_text_encoder):
+            if row.whole is None or stage not in row.stages or (shared and component.is_text_encoder):
                 continue
             median_ns = row.stages[stage].median_ns
+            precision = _find_precision(report, row.record, component)
+            if (rate := _find_rate(report, row.record, precision)) is None:
+                continue
             reached = flops / (median_ns / 1e9)
-            uses.append(
-                RooflineUse(
-                    row.record, component, flops, median_ns, reached, reached / rate.flops_per_s, rate.precision
-                )
-            )
+            share = reached / rate.flops_per_s
+            uses.append(RooflineUse(row.record, component, flops, median_ns, reached, share, precision, rate.precision))
     return uses
 
 
-def _find_rate(report: BenchReport, record: CandidateRecord) -> RooflineRecord | None:
+def _find_precision(report: BenchReport, record: CandidateRecord, component: ComponentName) -> Precision:
+    """What a network computes in: of a bundle with quantised blocks, the networks without any are in 16 or 32 bits."""
+    if record.precision.is_quantized:
+        tried = report.case.quantization.get(component)
+        if record.kind is not CandidateKind.ENGINES or (tried is not None and tried.quantized_layers):
+            return record.precision
+    match record.settings.get(component):
+        case OpenVINOSettings() as settings:
+            return settings.inference_precision
+        case TorchSettings() as settings:
+            return settings.precision
+        case _:
+            return record.precision
+
+
+def _find_rate(report: BenchReport, record: CandidateRecord, precision: Precision) -> RooflineRecord | None:
     on_gpu = any(_uses_gpu(settings) for settings in record.settings.values())
     rates = [rate for rate in report.roofline if rate.device == ("cuda" if on_gpu else "cpu")]
-    own = [rate for rate in rates if rate.precision is record.precision]
+    own = [rate for rate in rates if rate.precision is precision]
     return max(own or rates, key=lambda rate: rate.flops_per_s, default=None)
 
 
-def _uses_gpu(settings: object) -> bool:
-    return getattr(settings, "device", "") == "cuda" or "tensorrt" in str(getattr(settings, "kind", ""))
+def _uses_gpu(settings: BackendSettings) -> bool:
+    return isinstance(settings, TensorRTSettings) or (
+        not isinstance(settings, OpenVINOSettings) and settings.device == "cuda"
+    )
 
 
 def split_memory(record: CandidateRecord) -> MemoryParts | None:

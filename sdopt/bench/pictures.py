@@ -14,6 +14,7 @@ from sdopt.artifacts.manifest import ImageFidelity
 from sdopt.bench.candidates import ENGINES, Baseline
 from sdopt.bench.report import CandidateRecord
 from sdopt.bench.run import BenchResult
+from sdopt.bench.summary import shorten
 from sdopt.fidelity.draw import Drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault, map_difference, to_picture
 
@@ -56,14 +57,10 @@ def lay_out_grid(result: BenchResult) -> list[Row]:
     columns = _list_columns(result)
     limit_bytes = _BUDGET_BYTES // max(1, len(prompts) * (2 * len(columns) - 1))
     return [
-        Row(prompt, shorten(prompt) or "(an empty prompt)", case.seed + index, tiles)
+        Row(prompt, shorten(prompt, _PROMPT_SHOWN_CHARS) or "(an empty prompt)", case.seed + index, tiles)
         for index, prompt in enumerate(prompts)
         if (tiles := tuple(_make_tile(c, drawing, result.reference, index, limit_bytes) for c, drawing in columns))
     ]
-
-
-def shorten(text: str, limit: int = _PROMPT_SHOWN_CHARS) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _list_columns(result: BenchResult) -> Sequence[tuple[CandidateRecord | None, Drawing]]:

@@ -20,7 +20,7 @@ from sdopt.bench.figures import (
     split_memory,
 )
 from sdopt.bench.pairs import judge_pairs, lay_out_matrix
-from sdopt.bench.pictures import DIFFERENCE_GAIN, LOSSLESS_UP_TO_PX, MOST_PROMPTS, lay_out_grid, shorten
+from sdopt.bench.pictures import DIFFERENCE_GAIN, LOSSLESS_UP_TO_PX, MOST_PROMPTS, lay_out_grid
 from sdopt.bench.plots import Plot, plot_latency, plot_spread
 from sdopt.bench.report import BenchReport, Scope, Stage, Status
 from sdopt.bench.run import BenchResult
@@ -35,6 +35,7 @@ from sdopt.bench.summary import (
     format_p,
     format_si,
     format_speed,
+    shorten,
     summarize_candidates,
 )
 from sdopt.errors import MissingDependency

@@ -15,6 +15,8 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 
 NOT_MEASURED = "\N{EN DASH}"
+# Of names that users give, and of a failure's message, in a sentence.
+_LABEL_CHARS, _MESSAGE_CHARS = 80, 300
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ def describe_result(report: BenchReport) -> str:
     if engines is None:
         return "The engines of the bundle were not measured."
     if engines.status is not Status.OK:
-        return f"The engines ({engines.label}) {engines.status}: {engines.message.splitlines()[0]}"
+        message = shorten(engines.message.splitlines()[0], _MESSAGE_CHARS)
+        return f"The engines ({shorten(engines.label)}) {engines.status}: {message}"
     parts = [
         _describe_speeds(report, engines),
-        *(f"{other.label} {other.status}." for other in report.candidates if other.status is not Status.OK),
+        *(f"{shorten(other.label)} {other.status}." for other in report.candidates if other.status is not Status.OK),
         *([f"{_capitalise(_join(dirt))}, so measure again before you believe the times."]
           if (dirt := list_problems(report)) else []),
         _describe_pictures(report, engines),
@@ -112,7 +115,7 @@ def _describe_speeds(report: BenchReport, engines: CandidateRecord) -> str:
     groups = engines.samples_of(stage)
     whole = summarize(groups)
     judged = [
-        (verdict, other.label)
+        (verdict, shorten(other.label))
         for other in report.candidates
         if other.name != ENGINES
         and other.status is Status.OK
@@ -121,7 +124,7 @@ def _describe_speeds(report: BenchReport, engines: CandidateRecord) -> str:
     parts = [text for speed in Speed if (text := _describe_verdicts(speed, judged))]
     what = "a picture" if report.case.batch == 1 else f"{report.case.batch} pictures"
     does = f"draws {what}" if report.case.scope is Scope.PICTURES else "takes a step of the UNet"
-    text = f"{engines.label} {does} in {format_ns(whole.median_ns if whole else None)}"
+    text = f"{shorten(engines.label)} {does} in {format_ns(whole.median_ns if whole else None)}"
     return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 
@@ -173,6 +176,11 @@ def agrees(report: BenchReport, record: CandidateRecord) -> tuple[bool, ...]:
     peer = report.candidate(Baseline.EAGER_FP16 if record.precision is Precision.FP16 else Baseline.EAGER_BF16)
     limits = find_limits(record.fidelity, record.precision, peer.fidelity if peer else ())
     return tuple(limit.holds_for(image) for limit, image in zip(limits, record.fidelity, strict=True))
+
+
+def shorten(text: str, limit: int = _LABEL_CHARS) -> str:
+    """At most `limit` characters; an ellipsis stands for what is cut off."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def format_ns(value_ns: float | None) -> str:

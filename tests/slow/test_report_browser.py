@@ -99,6 +99,15 @@ def test_every_picture_is_seen(browser: Browser, pages: dict[str, Path], name: s
     assert all(complete and width > 0 and alt > 0 for complete, width, alt in images)
 
 
+def test_long_names_do_not_bury_the_report(browser: Browser, pages: dict[str, Path]) -> None:
+    heights = []
+    for name in ("full", "evil"):
+        browser.open(pages[name], 390)
+        heights.append(browser.evaluate("document.documentElement.scrollHeight"))
+    # It has twice the prompts, and a message of 1,200 characters.
+    assert heights[1] < 2.5 * heights[0]
+
+
 def test_no_prompt_runs(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["evil"], 1280)
     assert browser.evaluate("document.title").startswith("sdopt bench: ")

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from sdopt.bench.csv_export import SAMPLE_COLUMNS, SUMMARY_COLUMNS, format_samples, format_summary, quote_formula
-from sdopt.bench.figures import find_energy, find_layers, fit_candidate, split_memory
+from sdopt.bench.figures import find_energy, find_layers, fit_candidate, measure_roofline_use, split_memory
 from sdopt.bench.pairs import judge_pairs, lay_out_matrix
 from sdopt.bench.report import Stage, read_report
 from sdopt.bench.report_files import write_report_files
 from sdopt.bench.stats import Speed
+from sdopt.bench.summary import summarize_candidates
+from sdopt.model.component import ComponentName
+from sdopt.model.precision import Precision
+from sdopt.model.recipe import OpenVINOSettings
 from tests.planted_reports import MS, make_full_report, make_process, make_report, make_result, make_unet_report
 
 
@@ -100,6 +104,32 @@ def test_a_report_of_the_unet_is_judged_by_its_steps() -> None:
     (pair,) = judge_pairs(make_unet_report())
     assert pair.verdict.speed is Speed.FASTER
     assert pair.verdict.ratio.value == pytest.approx(9190 / 4100)
+
+
+def test_each_network_is_held_against_the_rate_of_what_it_computes_in() -> None:
+    """The UNet has quantised blocks and its decoder has none; a text encoder's time is known where there is one."""
+    report = make_full_report()
+    settings = {name: OpenVINOSettings(inference_precision=Precision.BF16) for name in ComponentName}
+    engines = report.candidates[0].model_copy(update={"precision": Precision.INT8, "settings": settings})
+    int8 = report.roofline[0].model_copy(update={"precision": Precision.INT8, "flops_per_s": 2e13})
+    flops = {**report.case.flops, ComponentName.TEXT_ENCODER: 10_000_000}
+    report = report.model_copy(
+        update={
+            "candidates": (engines, *report.candidates[1:]),
+            "roofline": (*report.roofline, int8),
+            "case": report.case.model_copy(update={"flops": flops}),
+        }
+    )
+    uses = {use.component: use for use in measure_roofline_use(report, summarize_candidates(report)[:1])}
+    assert {name: use.against for name, use in uses.items()} == {
+        ComponentName.UNET: Precision.INT8, ComponentName.VAE_DECODER: Precision.BF16,
+        ComponentName.TEXT_ENCODER: Precision.BF16,
+    }  # fmt: skip
+    assert uses[ComponentName.UNET].share == pytest.approx(40e9 / 25.5e-3 / 2e13, rel=1e-2)
+    two = report.case.model_copy(update={"flops": {**flops, ComponentName.TEXT_ENCODER_2: 1}})
+    report = report.model_copy(update={"case": two})
+    found = {use.component for use in measure_roofline_use(report, summarize_candidates(report)[:1])}
+    assert found == {ComponentName.UNET, ComponentName.VAE_DECODER}
 
 
 def test_memory_parts_add_up_to_the_peak_whatever_loading_gave_back() -> None:

@@ -10,10 +10,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sdopt.bench.pictures import encode_picture, shorten
+from sdopt.bench.pictures import encode_picture
 from sdopt.bench.render import IndexEntry, render_html, render_index
 from sdopt.bench.report import Conditions, Status
-from sdopt.bench.summary import describe_result, format_bytes, format_ns
+from sdopt.bench.summary import describe_result, format_bytes, format_ns, shorten
 from sdopt.fidelity.metrics import to_picture
 from sdopt.model.precision import Precision
 from tests.planted_reports import (
@@ -246,7 +246,7 @@ def test_bytes_are_decimal() -> None:
 
 
 def test_shorten_keeps_the_limit() -> None:
-    assert len(shorten("x" * 500)) == 160
+    assert len(shorten("x" * 500, 160)) == 160
     assert shorten("short") == "short"
 
 
