@@ -15,7 +15,10 @@ from sdopt.perf.record import MetricKind, RunKind, RunRecord, SeriesKey, SeriesR
 NIGHTS = 14
 PROVEN_RUNS = 7
 ACCEPTED_CHANGE = 0.02
-"""A series starts anew with an accepted run that differs from its history by more than this, relatively."""
+"""A series of times starts anew with an accepted run that differs from its history by more than this, relatively.
+
+The others start anew where it differs at all: their rules know no noise.
+"""
 
 NightValues = Mapping[SeriesKey, float]
 
@@ -122,12 +125,15 @@ def collect(nights: Iterable[NightValues], key: SeriesKey) -> list[float]:
 
 
 def _find_moved(nights: Sequence[NightValues], accepted: NightValues) -> list[SeriesKey]:
-    moved = []
-    for key, value in accepted.items():
-        before = collect(nights, key)
-        if before and abs(relative_change(median(before), value)) > ACCEPTED_CHANGE:
-            moved.append(key)
-    return moved
+    return [key for key, value in accepted.items() if _has_moved(key, collect(nights, key), value)]
+
+
+def _has_moved(key: SeriesKey, before: Sequence[float], value: float) -> bool:
+    if not before:
+        return False
+    if key.metric.kind is MetricKind.TIME:
+        return abs(relative_change(median(before), value)) > ACCEPTED_CHANGE
+    return median(before) != value
 
 
 def _counts(record: RunRecord) -> bool:

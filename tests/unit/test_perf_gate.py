@@ -174,6 +174,16 @@ def test_acceptance_starts_the_moved_series_anew_and_no_other() -> None:
     assert list_rules(back) == [Rule.SLOWER]
 
 
+@pytest.mark.parametrize(("metric", "old", "new"), [(Metric.SSIM, 0.98, 0.974), (Metric.PSNR, float("inf"), 60.0)])
+def test_accepted_fidelity_is_the_new_measure(metric: Metric, old: float, new: float) -> None:
+    key = make_key(metric)
+    history = make_nights(14, {key: [[old]]})
+    worse = make_run(14, {key: [[new]]})
+    assert list_rules(judge_night(history, worse, None)) == [Rule.FIDELITY]
+    accepted = accept_run(worse, id="20260115T120000Z-0000acce", created_utc="2026-01-15T12:00:00+00:00")
+    assert judge_night([*history, accepted], make_run(15, {key: [[new]]}), None).exit_code == 0
+
+
 def test_manual_runs_that_nobody_accepted_are_no_nights() -> None:
     manual = make_nights(14, {KEY: 105 * MS}, first=14, kind=RunKind.MANUAL, verdict="")
     report = judge_night([*make_history(), *manual], make_run(30, {KEY: 105 * MS}), confirm_as(0.05))
