@@ -7,11 +7,10 @@ build graphs decide what the others have to compute.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import EnvironmentRecord, GpuRecord
-from sdopt.perf.record import RunRecord
 
 _DIGITS = 16
 # The kernel keeps some MB for itself, and not the same after every update.
@@ -25,8 +24,19 @@ def fingerprint_of(environment: EnvironmentRecord, logical_cores: int, memory_by
     return digest_of(_list_facts(environment, logical_cores, memory_bytes))[:_DIGITS]
 
 
-def describe_change(before: RunRecord, after: RunRecord) -> tuple[str, ...]:
-    """What differs between the environments of two runs, as in `torch 2.12 -> 2.13`; empty where nothing does."""
+class Surroundings(Protocol):
+    """What runs, and reports with their machine, say of where they were measured."""
+
+    @property
+    def environment(self) -> EnvironmentRecord: ...
+    @property
+    def logical_cores(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+
+
+def describe_change(before: Surroundings, after: Surroundings) -> tuple[str, ...]:
+    """What differs between two environments, as in `torch 2.12 -> 2.13`; empty where their fingerprints are one."""
     older, newer = (_list_facts(run.environment, run.logical_cores, run.memory_bytes) for run in (before, after))
     lines = [f"{name} {older[name]} -> {newer[name]}" for name in _NAMED if older[name] != newer[name]]
     if older["features"] != newer["features"]:

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
+from sdopt.bench.summary import format_bytes, format_ns
 from sdopt.perf.fingerprint import describe_change
 from sdopt.perf.history import DamagedLine, HistoryContents
 from sdopt.perf.nights import take_value
-from sdopt.perf.record import RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.record import Metric, MetricKind, RunRecord, SeriesKey, SeriesRecord
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ def describe_breaks(runs: Sequence[RunRecord]) -> dict[int, str]:
             changes = (*changes, "the suite was edited" if before.suite == after.suite else renamed)
         breaks[place] = ", ".join(changes)
     return breaks
+
+
+def format_value(metric: Metric, value: float) -> str:
+    """With its unit."""
+    match metric.kind:
+        case MetricKind.MEMORY | MetricKind.SIZE:
+            return format_bytes(value)
+        case MetricKind.PSNR:
+            return "equal" if math.isinf(value) else f"{value:.2f} dB"
+        case MetricKind.SSIM:
+            return f"{value:.4f}"
+        case _:
+            return format_ns(value)
 
 
 def _place_of(run: RunRecord) -> tuple[str, str]:
