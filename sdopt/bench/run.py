@@ -17,6 +17,7 @@ from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
+from sdopt.bench.components import LayerTables, measure_component_errors, measure_layers
 from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
 from sdopt.bench.environment import measure_conditions, measure_machine, read_cpu_use
 from sdopt.bench.fidelity import PictureFigures, compare_candidates
@@ -24,6 +25,8 @@ from sdopt.bench.report import (
     BenchReport,
     CandidateKind,
     CandidateRecord,
+    ComponentErrorRecord,
+    LayerRecord,
     MethodRecord,
     ProcessRecord,
     RooflineRecord,
@@ -53,7 +56,7 @@ class BenchRequest:
 
     `time_limit_s` is for each process; `command` is what the report tells the reader to run, and `suite` the name of
     the suite that asked. `trust_engines` are SHA-256 of plans that were not built here, or of a `bundle.json`.
-    `peer_python` is the interpreter of another tool's environment.
+    `peer_python` is the interpreter of another tool's environment. `layers` compares the engines layer by layer, too.
     """
 
     folder: Path
@@ -103,6 +106,15 @@ class _Roof:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Origins:
+    """Where differences come from: by candidate its components' errors, and the engines' layers."""
+
+    errors: Mapping[str, dict[ComponentName, ComponentErrorRecord]]
+    layers: tuple[LayerRecord, ...]
+    notes: tuple[str, ...]
+
+
 def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     """Measure every candidate. `work` is an existing folder for drawings.
 
@@ -122,6 +134,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     for position, name in enumerate(order):
         _run_row(request, scene, rows[name], position, len(order))
     roof = _measure_roof(request, manifest)
+    origins = _measure_origins(request, manifest, rows, work)
     drawings, reference, figures = _compare_pictures(request, manifest, scene, rows, work)
     scheduler = next((row.scheduler for row in rows.values() if row.scheduler), "")
     report = BenchReport(
@@ -130,11 +143,11 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         environment=describe_machine(),
         machine=measure_machine(before),
         method=_describe_method(request, order),
-        candidates=tuple(_record_row(row, figures) for row in rows.values()),
+        candidates=tuple(_record_row(row, figures, origins) for row in rows.values()),
         roofline=roof.roofline,
         plugins=dict(figures.plugins),
         audits={name: audits for name, row in rows.items() if (audits := describe_audits(row.candidate))},
-        notes=roof.notes,
+        notes=(*roof.notes, *origins.notes),
     )
     return BenchResult(report, drawings, reference)
 
@@ -245,6 +258,19 @@ def _measure_roof(request: BenchRequest, manifest: BundleManifest) -> _Roof:
     return _Roof(tuple(RooflineRecord.model_validate(record) for record in value["roofline"]), flops)
 
 
+def _measure_origins(request: BenchRequest, manifest: BundleManifest, rows: Mapping[str, _Row], work: Path) -> _Origins:
+    """Of every candidate that ran, the errors of its components; with `layers`, the engines' layers."""
+    ran = [row.candidate for row in rows.values() if row.processes]
+    limit_s = request.time_limit_s
+    found = measure_component_errors(request.folder, manifest, ran, work, limit_s)
+    notes = [f"the components of {name} were not compared: {message}" for name, message in found.messages.items()]
+    layers = LayerTables(())
+    if request.layers:
+        layers = measure_layers(request.folder, manifest, work, limit_s)
+        notes += [layers.remark] if layers.remark else []
+    return _Origins(found.errors, layers.layers, tuple(notes))
+
+
 def _compare_pictures(
     request: BenchRequest, manifest: BundleManifest, scene: Scene, rows: Mapping[str, _Row], work: Path
 ) -> tuple[dict[str, Drawing], Drawing | None, PictureFigures]:
@@ -285,7 +311,7 @@ def _describe_method(request: BenchRequest, order: Sequence[str]) -> MethodRecor
     )  # fmt: skip
 
 
-def _record_row(row: _Row, figures: PictureFigures) -> CandidateRecord:
+def _record_row(row: _Row, figures: PictureFigures, origins: _Origins) -> CandidateRecord:
     candidate = row.candidate
     return CandidateRecord(
         name=candidate.name, label=candidate.label, precision=candidate.precision,
@@ -293,4 +319,6 @@ def _record_row(row: _Row, figures: PictureFigures) -> CandidateRecord:
         processes=tuple(row.processes), fidelity=figures.pictures.get(candidate.name, ()), kind=candidate.kind,
         digest="" if candidate.kind is CandidateKind.PEER else hash_file(candidate.folder / MANIFEST_NAME),
         size_bytes=find_size(candidate), build_ns=find_build_time(candidate), fid=figures.fid.get(candidate.name),
+        errors=origins.errors.get(candidate.name, {}),
+        layers=origins.layers if candidate.kind is CandidateKind.ENGINES else (),
     )  # fmt: skip

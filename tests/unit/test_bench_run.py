@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from sdopt.artifacts.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
 from sdopt.bench import unet as unet_module
-from sdopt.bench.candidates import parse_against
+from sdopt.bench.candidates import Candidate, parse_against
+from sdopt.bench.components import ErrorTables, LayerTables
 from sdopt.bench.environment import CpuUse, measure_machine, read_cpu_use
-from sdopt.bench.report import Scope, Stage, Status
+from sdopt.bench.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.draw import write_drawing
@@ -89,6 +91,12 @@ class FakeProcesses:
         values["conditions"] = {"clock_steps": 1, "throttled": 0}
         return Outcome(values | {"scheduler": "PLMS"}, 400_000_000, 3 * MS)
 
+    def measure_errors(self, folder: Path, manifest: Any, ran: Sequence[Candidate], *_: Any) -> ErrorTables:
+        error = ComponentErrorRecord(relative_error=0.01, max_error=0.1, cosine=0.9999)
+        messages = {candidate.name: "no room" for candidate in ran if candidate.name == "eager-bf16"}
+        found = {candidate.name: {ComponentName.UNET: error} for candidate in ran if candidate.name not in messages}
+        return ErrorTables(found, messages)
+
     def _measure_roofline(self) -> Outcome:
         if "roofline" in self._failures:
             raise self._failures["roofline"]
@@ -115,6 +123,7 @@ def run_fakes(
     monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)
     monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
     monkeypatch.setattr(unet_module, "write_inputs", lambda *args: None)
+    monkeypatch.setattr(run_module, "measure_component_errors", fakes.measure_errors)
     for module in (run_module, describe_module):
         monkeypatch.setattr(module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
@@ -139,7 +148,12 @@ def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, t
     assert (report.method.settle_window, report.method.most_warm_up, report.method.suite) == (3, 20, "nightly")
     for process in report.candidates[0].processes:
         assert (process.conditions.clock_steps, process.conditions.throttled) == (1, 0)
-    assert report.notes == ()
+    assert report.notes == ("the components of eager-bf16 were not compared: no room",)
+    assert [set(candidate.errors) for candidate in report.candidates] == [
+        {ComponentName.UNET},
+        {ComponentName.UNET},
+        set(),
+    ]
     assert report.audits == {
         "engines": {
             ComponentName.UNET: "bf16 on openvino; opset 23, 90 nodes, Attention in 8 of 8 attention layers; "
@@ -170,6 +184,19 @@ def test_a_roof_that_cannot_be_measured_takes_nothing_from_the_times(
     assert result.report.roofline == ()
     assert result.report.notes == ("the roofline was not measured: no memory",)
     assert all(candidate.status is Status.OK for candidate in result.report.candidates)
+
+
+def test_layers_are_those_of_the_engines_and_only_where_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layer = LayerRecord(component=ComponentName.UNET, layer="conv_in", relative_error=0.1, tolerance=0.2)
+    tables = LayerTables((layer,), "the graph ran on another runtime")
+    monkeypatch.setattr(run_module, "measure_layers", lambda *args: tables)
+    asked, _ = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32", layers=True)
+    assert [candidate.layers for candidate in asked.report.candidates] == [(layer,), ()]
+    assert asked.report.notes == (tables.remark,)
+    usual, _ = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32")
+    assert [candidate.layers for candidate in usual.report.candidates] == [(), ()]
 
 
 def test_the_scope_of_the_unet_draws_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
