@@ -394,7 +394,7 @@ def _say(result: Any) -> Any:
 
 
 @click.command()
-@click.option("--clean-runs", default=80, show_default=True, help="runs of 20 clean nights, for each row")
+@click.option("--clean-runs", default=50, show_default=True, help="runs of 20 clean nights, for each row")
 @click.option("--planted-runs", default=200, show_default=True, help="runs with a slow-down, for each row")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="write the figures here")
 @click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="write the tables here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdopt.bench.stats import Groups, PairVerdict, Speed, judge_pair
+from sdopt.bench.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, judge_pair
 from sdopt.perf.findings import Outcome, SuspectRecord
 from sdopt.perf.multiple import adjust_p_values
 from sdopt.perf.record import SeriesKey
@@ -47,12 +47,7 @@ def judge_suspects(
     verdicts = {key: verdict for key, answer in answers.items() if (verdict := _judge_answer(answer))}
     q_values = adjust_p_values([verdict.p_value for verdict in verdicts.values()])
     by_key = {key: (verdict, q) for (key, verdict), q in zip(verdicts.items(), q_values, strict=True)}
-    return tuple(
-        _record_answer(suspect, *by_key[suspect.key])
-        if suspect.key in by_key
-        else _record_alone(suspect, last_night.get(suspect.key))
-        for suspect in suspects
-    )
+    return tuple(_record_suspect(suspect, by_key.get(suspect.key), last_night.get(suspect.key)) for suspect in suspects)
 
 
 def _judge_answer(answer: Confirmation) -> PairVerdict | None:
@@ -62,11 +57,21 @@ def _judge_answer(answer: Confirmation) -> PairVerdict | None:
     return judge_pair(answer.baseline, answer.candidate)
 
 
-def _record_answer(suspect: Suspect, verdict: PairVerdict, q_value: float) -> SuspectRecord:
-    outcome = {Speed.SLOWER: Outcome.SLOWER, Speed.FASTER: Outcome.FASTER}.get(verdict.speed, Outcome.CLEARED)
-    return _record(suspect, outcome if q_value <= LEVEL else Outcome.CLEARED).model_copy(
-        update={"confirmed_change": 1 / verdict.ratio.value - 1, "p_value": verdict.p_value, "q_value": q_value}
-    )
+def _record_suspect(
+    suspect: Suspect, answer: tuple[PairVerdict, float] | None, before: Suspect | None
+) -> SuspectRecord:
+    """An A/B that shows 2 % and more, but not beyond doubt, clears nothing: it had too few processes."""
+    if answer is None:
+        return _record_alone(suspect, before)
+    verdict, q_value = answer
+    figures = {"confirmed_change": 1 / verdict.ratio.value - 1, "p_value": verdict.p_value, "q_value": q_value}
+    if verdict.speed is not Speed.NO_DIFFERENCE and q_value <= LEVEL:
+        outcome = Outcome.SLOWER if verdict.speed is Speed.SLOWER else Outcome.FASTER
+    elif max(verdict.ratio.value, 1 / verdict.ratio.value) < 1 + LEAST_EFFECT:
+        outcome = Outcome.CLEARED
+    else:
+        return _record_alone(suspect, before).model_copy(update={"p_value": verdict.p_value, "q_value": q_value})
+    return _record(suspect, outcome).model_copy(update=figures)
 
 
 def _record_alone(suspect: Suspect, before: Suspect | None) -> SuspectRecord:

@@ -49,9 +49,9 @@ class Outcome(StrEnum):
     SLOWER = "slower"
     FASTER = "faster"
     CLEARED = "no difference"
-    """Not confirmed by the A/B of the same night."""
+    """The A/B of the same night shows less than 2 %."""
     OPEN = "open"
-    """There was no machine time: it counts if it is there again tomorrow."""
+    """No A/B, or one that leaves doubt: it counts if it is there again tomorrow."""
 
 
 class Finding(_Record):

@@ -71,10 +71,22 @@ def test_a_slow_down_is_confirmed_in_the_same_night() -> None:
     assert report.last_good_commit == find_last_good(history, make_run(14, {})).commit
 
 
-def test_an_ab_within_its_noise_clears() -> None:
-    report = judge_night(make_history(), make_run(14, {KEY: 105 * MS}), confirm_as(0.03, spread=0.1))
-    assert [suspect.outcome for suspect in report.suspects] == [Outcome.CLEARED]
-    assert report.recorded_verdict == "pass"
+def test_an_ab_of_less_than_two_per_cent_clears_whatever_its_noise() -> None:
+    for spread in (0.002, 0.1):
+        report = judge_night(make_history(), make_run(14, {KEY: 105 * MS}), confirm_as(0.015, spread))
+        assert [suspect.outcome for suspect in report.suspects] == [Outcome.CLEARED]
+        assert report.recorded_verdict == "pass"
+
+
+def test_an_ab_of_too_few_processes_clears_nothing() -> None:
+    """It shows 5 %, not beyond doubt: the next night decides, as if it had not been."""
+    history = make_history()
+    report = judge_night(history, make_run(14, {KEY: 105 * MS}), confirm_as(0.05, spread=0.1))
+    assert [suspect.outcome for suspect in report.suspects] == [Outcome.OPEN]
+    assert report.recorded_verdict == ""
+    slow = make_run(14, {KEY: 105 * MS}, verdict="")
+    second = judge_night([*history, slow], make_run(15, {KEY: 105 * MS}), confirm_as(0.05, spread=0.1))
+    assert [finding.evidence for finding in second.findings] == [Evidence.TWO_NIGHTS]
 
 
 def test_the_sign_of_the_ab_counts() -> None:
