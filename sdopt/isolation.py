@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -63,24 +63,46 @@ def run_isolated(
     one that names the function. The child's own output is shown only when it fails. `folder` is where it runs; Python
     looks there first for what it imports.
     """
+    command = [sys.executable, "-m", "sdopt.isolation", target, str(os.getpid()), str(memory_limit_bytes or 0)]
+    return run_child(
+        command, arguments, name=target, timeout_s=timeout_s, environment=environment, folder=folder
+    )
+
+
+def run_child(
+    command: Sequence[str],
+    arguments: JsonTable,
+    *,
+    name: str,
+    timeout_s: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: str | None = None,
+) -> Outcome:
+    """Run a program that speaks as a child does: one JSON table on stdin, JSON lines on stdout.
+
+    Lines are `{"progress": [text, share]}`, then `{"value": …, "peak_rss_bytes": …}` or `{"error": …, "message": …,
+    "hint": …}` with the name of a class of `sdopt.errors` or nothing. Raises as `run_isolated`, naming it `name`.
+    """
     start_ns = time.monotonic_ns()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "sdopt.isolation", target, str(os.getpid()), str(memory_limit_bytes or 0)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
-            env={**os.environ, **(environment or {})}, cwd=folder,
-        )  # fmt: skip
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
+                errors="replace", env={**os.environ, **(environment or {})}, cwd=folder,
+            )  # fmt: skip
+        except OSError as error:
+            raise SdoptError(f"{name} cannot be started: {error}") from error
         _live.add(child)
         try:
-            message = _converse(child, arguments, None if timeout_s is None else time.monotonic() + timeout_s, target)
+            message = _converse(child, arguments, None if timeout_s is None else time.monotonic() + timeout_s, name)
         finally:
             _live.discard(child)
             _end(child)
         if message is None:
             stderr.seek(0)
-            raise _death(target, child.returncode, stderr.read())
+            raise _death(name, child.returncode, stderr.read())
     if "error" in message:
-        raise _rebuild_error(target, message)
+        raise _rebuild_error(name, message)
     return Outcome(message["value"], message["peak_rss_bytes"], time.monotonic_ns() - start_ns)
 
 
@@ -116,7 +138,7 @@ def _converse(
         for line in child.stdout:
             if not line.endswith("\n"):
                 break  # it died in the middle of a message
-            message = json.loads(line)
+            message = _read_message(line, target)
             if "progress" in message:
                 progress.update(*message["progress"])
             else:
@@ -129,6 +151,17 @@ def _converse(
     if timed_out.is_set():
         raise SdoptError(f"{target} did not finish in the time it was given")
     return None
+
+
+def _read_message(line: str, target: str) -> JsonTable:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    kinds = ({"progress"}, {"value", "peak_rss_bytes"}, {"error", "message", "hint"})
+    if not isinstance(message, dict) or message.keys() not in kinds:
+        raise SdoptError(f"{target} answered with something else than a message: {line.strip()[:200]!r}")
+    return message
 
 
 def _end(child: subprocess.Popen[str]) -> None:

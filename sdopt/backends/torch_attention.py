@@ -93,5 +93,6 @@ class _Dispatched:
         projected = (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen))
         query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in projected)
         mixed = dispatch_attention_fn(query, key, value, backend=self._kernel)
-        output: Tensor = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
-        return output / attn.rescale_output_factor
+        output = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+        scaled: Tensor = output / attn.rescale_output_factor
+        return scaled
