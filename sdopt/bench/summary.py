@@ -31,6 +31,7 @@ class CandidateSummary:
     main_stage: Stage
     stages: dict[Stage, Summary]
     speed: Ratio | None
+    import_ns: float | None
     load_ns: float | None
     first_picture_ns: float | None
     cold_start_ns: float | None
@@ -69,6 +70,7 @@ def _summarize(record: CandidateRecord, baseline: CandidateRecord | None, main_s
     # The least of several cold starts: the first one also pays for a cold disk cache.
     return CandidateSummary(
         record, main_stage, stages, speed,
+        import_ns=min((process.import_ns for process in processes), default=None),
         load_ns=min((process.load_ns for process in processes), default=None),
         first_picture_ns=min((process.first_picture_ns for process in processes), default=None),
         cold_start_ns=min((process.cold_start_ns for process in processes), default=None),

@@ -281,6 +281,7 @@ def test_every_figure_of_a_full_report_is_shown(page: str) -> None:
     assert any(row.startswith("up_blocks.3.resnets.1") and "not timed" in row for row in rows)
     assert "0.42" in page
     assert "p99 1.70" in page
+    assert "<li>the layers of torch.compile have no names to compare</li>" in page
 
 
 def test_the_unet_alone_has_a_report_without_pictures() -> None:
