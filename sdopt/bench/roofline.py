@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from sdopt import progress
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bench.report import RooflineRecord
-from sdopt.isolation import JsonTable
+from sdopt.errors import SdoptError
+from sdopt.fidelity.candidate import engines_use_gpu
+from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 
@@ -30,6 +33,29 @@ _PRODUCTS, _COPIES = 3, 5
 _COPY_BYTES = 512 << 20
 _ON_CPU = (Precision.FP32, Precision.BF16, Precision.INT8)
 _ON_GPU = (Precision.FP32, Precision.BF16, Precision.FP16, Precision.INT8)
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the machine reaches and what the networks ask of it; `notes` say why, where that is not known."""
+
+    roofline: tuple[RooflineRecord, ...] = ()
+    flops: dict[ComponentName, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_roof(folder: Path, manifest: BundleManifest, timeout_s: float) -> Roof:
+    """Measure in a fresh process, on the device of the bundle's engines. A failure is a note: it takes nothing from
+    what the candidates were measured at.
+    """
+    device = "cuda" if engines_use_gpu(manifest) else "cpu"
+    arguments: JsonTable = {"folder": str(folder), "manifest": manifest.model_dump_json(), "device": device}
+    try:
+        value = run_isolated("sdopt.bench.roofline:measure_roofline", arguments, timeout_s=timeout_s).value
+    except SdoptError as error:
+        return Roof(notes=(f"the roofline was not measured: {error.message}",))
+    flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}
+    return Roof(tuple(RooflineRecord.model_validate(record) for record in value["roofline"]), flops)
 
 
 def measure_roofline(arguments: JsonTable) -> JsonTable:

@@ -29,10 +29,10 @@ from sdopt.bench.report import (
     LayerRecord,
     MethodRecord,
     ProcessRecord,
-    RooflineRecord,
     Scope,
     Status,
 )
+from sdopt.bench.roofline import find_roof
 from sdopt.bench.steady import Effort
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
@@ -98,15 +98,6 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Roof:
-    """What the machine reaches and what the networks ask of it; `notes` say why, where that is not known."""
-
-    roofline: tuple[RooflineRecord, ...] = ()
-    flops: dict[ComponentName, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Origins:
     """Where differences come from: by candidate its components' errors, and the engines' layers."""
 
@@ -133,7 +124,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     order = interleave(list(rows), request.repeats)
     for position, name in enumerate(order):
         _run_row(request, scene, rows[name], position, len(order))
-    roof = _measure_roof(request, manifest)
+    roof = find_roof(request.folder, manifest, request.time_limit_s)
     origins = _measure_origins(request, manifest, rows, work)
     drawings, reference, figures = _compare_pictures(request, manifest, scene, rows, work)
     scheduler = next((row.scheduler for row in rows.values() if row.scheduler), "")
@@ -240,22 +231,6 @@ def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -
 
 def _drew_nan(path: Path) -> bool:
     return any(find_fault(image) is PictureFault.NOT_FINITE for image in read_drawing(path).images)
-
-
-def _measure_roof(request: BenchRequest, manifest: BundleManifest) -> _Roof:
-    """On the device of the engines. That it failed takes nothing from what the candidates were measured at."""
-    arguments: JsonTable = {
-        "folder": str(request.folder), "manifest": manifest.model_dump_json(),
-        "device": "cuda" if engines_use_gpu(manifest) else "cpu",
-    }  # fmt: skip
-    try:
-        value = run_isolated(
-            "sdopt.bench.roofline:measure_roofline", arguments, timeout_s=request.time_limit_s
-        ).value  # fmt: skip
-    except SdoptError as error:
-        return _Roof(notes=(f"the roofline was not measured: {error.message}",))
-    flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}
-    return _Roof(tuple(RooflineRecord.model_validate(record) for record in value["roofline"]), flops)
 
 
 def _measure_origins(request: BenchRequest, manifest: BundleManifest, rows: Mapping[str, _Row], work: Path) -> _Origins:

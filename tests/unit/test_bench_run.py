@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sdopt.artifacts.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.bench import describe as describe_module
+from sdopt.bench import roofline as roofline_module
 from sdopt.bench import run as run_module
 from sdopt.bench import unet as unet_module
 from sdopt.bench.candidates import Candidate, parse_against
@@ -116,7 +117,8 @@ def run_fakes(
 ) -> tuple[BenchResult, FakeProcesses]:  # fmt: skip
     fakes = FakeProcesses(failures, nan)
     machine = EnvironmentRecord(sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={})
-    monkeypatch.setattr(run_module, "run_isolated", fakes.run)
+    for module in (run_module, roofline_module):
+        monkeypatch.setattr(module, "run_isolated", fakes.run)
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
     monkeypatch.setattr(run_module, "read_manifest", lambda folder: make_manifest())
     monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk
