@@ -21,6 +21,7 @@ _COMMANDS = {
     "convert": "Turn a checkpoint into a verified bundle of engines.",
     "generate": "Draw pictures with a bundle.",
     "bench": "Compare a bundle with torch: speed, memory, pictures.",
+    "perf": "Measure each night, and say when something became worse.",
     "export": "Write a bundle for Triton, ComfyUI or optimum.",
     "check": "Is a bundle whole, and can this machine run it?",
     "inspect": "Say what a file or folder is: bundle, ONNX graph, checkpoint.",

@@ -67,7 +67,7 @@ def judge_run(folder: Path, history: History, *, confirm_s: float) -> Judged:
     return Judged(record, report, folder / "gate.md")
 
 
-def accept(history: History, wanted: str) -> RunRecord:
+def accept_by_hand(history: History, wanted: str) -> RunRecord:
     """Append that a person accepts a run that alarmed: what follows is held against it. Returns the new line.
 
     Raises `UsageError` where there is no such run.

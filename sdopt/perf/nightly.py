@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +26,15 @@ from sdopt.bench.conditions import list_condition_problems, list_problems
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, Conditions, read_report
 from sdopt.bench.suite import Suite, SuiteCase
-from sdopt.errors import ArtifactError, SdoptError
+from sdopt.errors import ArtifactError, SdoptError, UsageError
+from sdopt.perf.bridge import find_bridge_commit
 from sdopt.perf.fingerprint import fingerprint_of
 from sdopt.perf.history import new_run_id
 from sdopt.perf.once import PROTOCOL, Job
 from sdopt.perf.record import FailureRecord, RunKind, RunRecord, SeriesRecord
 from sdopt.perf.series import list_failures, list_series, merge_conditions
 from sdopt.perf.sources import find_source
-from sdopt.perf.worktree import Tree
+from sdopt.perf.worktree import Tree, checked_out
 
 RUN_NAME = "run.json"
 SUITE_NAME = "suite.json"
@@ -110,6 +111,14 @@ def list_jobs(suite: Suite) -> list[Job]:
     ]
 
 
+def find_job(suite: Suite, name: str) -> Job:
+    """The job of that name. Raises `UsageError` where the suite has none."""
+    jobs = {job.name: job for job in list_jobs(suite)}
+    if name not in jobs:
+        raise UsageError(f"the suite {suite.name} has no case {name!r}", hint=f"it has: {', '.join(jobs)}")
+    return jobs[name]
+
+
 def digest_suite(suite: Suite) -> str:
     return digest_of(suite.model_dump(mode="json"))
 
@@ -148,6 +157,20 @@ def measure_suite(suite: Suite, tree: Tree, work: Path, kind: RunKind = RunKind.
         series=tuple(found.series), failures=tuple(found.failures), wall_ns=time.monotonic_ns() - start_ns,
     )  # fmt: skip
     return Night(record, found.reports)
+
+
+def measure_bridge(suite: Suite, records: Sequence[RunRecord], own: Tree) -> RunRecord | None:
+    """Where this environment is new to the history: its last good commit, measured in it. Else None.
+
+    The record has no series where that commit cannot run here.
+    """
+    machine = measure_machine(read_cpu_use())
+    fingerprint = fingerprint_of(describe_machine(), machine.logical_cores, machine.memory_bytes)
+    commit = find_bridge_commit(records, fingerprint, digest_suite(suite), own.commit)
+    if not commit:
+        return None
+    with checked_out(own.root, commit) as tree, tempfile.TemporaryDirectory(prefix="sdopt-bridge-") as work:
+        return measure_suite(suite, tree, Path(work), RunKind.BRIDGE).record
 
 
 def _list_dirt(reports: Mapping[str, BenchReport], whole: Conditions) -> tuple[str, ...]:
