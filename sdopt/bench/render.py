@@ -33,6 +33,7 @@ from sdopt.bench.summary import (
     format_bytes,
     format_ns,
     format_p,
+    format_share,
     format_si,
     format_speed,
     shorten,
@@ -109,7 +110,14 @@ def _make_environment() -> jinja2.Environment:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        ns=format_ns, size=format_bytes, speed=format_speed, psnr=format_psnr, shorten=shorten, p=format_p, si=format_si
+        ns=format_ns,
+        size=format_bytes,
+        speed=format_speed,
+        psnr=format_psnr,
+        shorten=shorten,
+        p=format_p,
+        si=format_si,
+        share=format_share,
     )
     return environment
 

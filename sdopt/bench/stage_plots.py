@@ -27,6 +27,8 @@ _STAGE_COLOURS = {
     Stage.VAE_DECODER: SERIES[3],
     Stage.OVERHEAD: SERIES[4],
 }
+# Equal latents have no place on a logarithmic axis; below this, latents in fp32 are equal but for rounding.
+_LEAST_DISTANCE = 1e-9
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -81,23 +83,27 @@ def plot_device_memory(rows: Sequence[CandidateSummary]) -> Plot | None:
 def plot_cosines(rows: Sequence[CandidateSummary]) -> Plot | None:
     """1 - cosine of the latents after each step, for the picture that parts most; None where it was not followed."""
     found = [(row.record, picture) for row in rows if (picture := worst_picture(row.record))]
-    found = [(record, picture) for record, picture in found if min(picture.latent_cosines) < 1][: len(SERIES)]
+    found = [(record, picture) for record, picture in found if 1 - min(picture.latent_cosines) > _LEAST_DISTANCE]
     if not found:
         return None
     figure = Figure(figsize=(WIDTH_IN, 2.6))
     axes = figure.add_axes((0.13, 0.2, 0.84, 0.76))
     for index, (record, picture) in enumerate(found):
         steps = range(1, len(picture.latent_cosines) + 1)
-        # Equal latents have no place on a logarithmic axis; below 1e-9 nothing can be told apart in fp32.
-        distances = [max(1e-9, 1 - cosine) for cosine in picture.latent_cosines]
-        style: dict[str, Any] = {"color": SERIES[index], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.8}
+        distances = [max(_LEAST_DISTANCE, 1 - cosine) for cosine in picture.latent_cosines]
+        style: dict[str, Any] = {
+            "color": SERIES[index % len(SERIES)],
+            "linestyle": _LINES[index % len(_LINES)],
+            "linewidth": 1.8,
+        }
         axes.plot(steps, distances, marker="o", markersize=3, label=record.label, **style)
     axes.set_yscale("log")
     style_axes(axes, "step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_ylabel("1 - cosine", fontsize=10.5, color=TEXT)
     legend = [
-        (SERIES[index], f"{record.label} ({_LINES[index % len(_LINES)]})") for index, (record, _) in enumerate(found)
+        (SERIES[index % len(SERIES)], f"{record.label} ({_LINES[index % len(_LINES)]})")
+        for index, (record, _) in enumerate(found)
     ]
     title = "How far the latents are from torch's after each step, in each candidate's worst picture. Lower is closer."
     return to_plot(figure, "cosines", title, legend)

@@ -189,6 +189,8 @@ def format_ns(value_ns: float | None) -> str:
     """Three digits and a unit; a dash for what was not measured."""
     if value_ns is None:
         return NOT_MEASURED
+    if value_ns < 0:  # the fixed cost of a line through noisy times
+        return f"-{format_ns(-value_ns)}"
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
         if value_ns >= size:
             value = value_ns / size
@@ -212,6 +214,11 @@ def format_si(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g} "
+
+
+def format_share(value: float) -> str:
+    """Per cent, with two digits where it has only one before the point."""
+    return f"{100 * value:.{1 if value < 0.1 else 0}f} %"
 
 
 def format_speed(ratio: Ratio | None) -> str:

@@ -13,7 +13,8 @@ import pytest
 from sdopt.bench.pictures import encode_picture
 from sdopt.bench.render import IndexEntry, render_html, render_index
 from sdopt.bench.report import Conditions, Status
-from sdopt.bench.summary import describe_result, format_bytes, format_ns, shorten
+from sdopt.bench.stage_plots import plot_cosines
+from sdopt.bench.summary import describe_result, format_bytes, format_ns, format_share, shorten, summarize_candidates
 from sdopt.fidelity.metrics import to_picture
 from sdopt.model.precision import Precision
 from tests.planted_reports import (
@@ -231,6 +232,7 @@ def test_large_pictures_are_made_smaller() -> None:
     [
         (None, "\N{EN DASH}"),
         (999, "999 ns"),
+        (-1_595_109_210, "-1.60 s"),
         (1500, "1.50 µs"),
         (12_300_000, "12.3 ms"),
         (412_000_000, "412 ms"),
@@ -239,6 +241,10 @@ def test_large_pictures_are_made_smaller() -> None:
 )
 def test_times_have_three_digits(value: float | None, text: str) -> None:
     assert format_ns(value) == text
+
+
+def test_small_shares_keep_a_digit_behind_the_point() -> None:
+    assert [format_share(value) for value in (0.0041, 0.0999, 0.1, 0.93)] == ["0.4 %", "10.0 %", "10 %", "93 %"]
 
 
 def test_bytes_are_decimal() -> None:
@@ -282,6 +288,17 @@ def test_every_figure_of_a_full_report_is_shown(page: str) -> None:
     assert "0.42" in page
     assert "p99 1.70" in page
     assert "<li>the layers of torch.compile have no names to compare</li>" in page
+
+
+def test_candidates_with_the_reference_s_latents_are_in_no_plot_of_their_distance() -> None:
+    report = make_full_report()
+    rounding = tuple(p.model_copy(update={"latent_cosines": (1 - 1e-15, 1.0)}) for p in report.candidates[0].fidelity)
+    equal = tuple(record.model_copy(update={"fidelity": rounding}) for record in report.candidates[:2])
+    rows = summarize_candidates(report.model_copy(update={"candidates": equal}))
+    assert plot_cosines(rows) is None
+    plot = plot_cosines(summarize_candidates(report))
+    assert plot is not None
+    assert len(plot.legend) == 3
 
 
 def test_the_unet_alone_has_a_report_without_pictures() -> None:
