@@ -69,6 +69,7 @@ def measure_layers(folder: Path, manifest: BundleManifest, work: Path, timeout_s
     """Compare the engines of a bundle layer by layer, for `--layers`. `timeout_s` is for each process."""
     records: list[LayerRecord] = []
     remarks: list[str] = []
+    elsewhere: dict[str, list[str]] = {}
     for name in manifest.components:
         try:
             compared = compare_layers(folder, manifest, name, work, timeout_s=timeout_s)
@@ -77,7 +78,9 @@ def measure_layers(folder: Path, manifest: BundleManifest, work: Path, timeout_s
             continue
         records += [LayerRecord(component=name, **asdict(layer)) for layer in compared.layers]
         if compared.runtime:
-            remarks.append(f"the graph of {name} ran on {compared.runtime}: a plan shows no values from within")
+            elsewhere.setdefault(compared.runtime, []).append(name)
+    for runtime, names in elsewhere.items():
+        remarks.append(f"plans show no values from within: the graphs of {', '.join(names)} ran on {runtime}")
     return LayerTables(tuple(records), "; ".join(remarks))
 
 
