@@ -17,7 +17,7 @@ from sdopt.perf.view import HistoryView, Point, format_value
 
 _HEIGHT_IN = 1.9
 _ALARM_COLOUR = SERIES[6]
-_MOST_TICKS = 5
+_MOST_TICKS = 4
 # Noise of half a per cent is not to look like a mountain.
 _LEAST_RANGE = 0.03
 # A mark for each night of a year has room; of more, only the line and what is special is drawn.
@@ -86,7 +86,7 @@ def _set_range(axes: Any, points: Sequence[Point], size: float, first: int, coun
 def _label_nights(axes: Any, runs: Sequence[RunRecord], first: int) -> None:
     step = max(1, math.ceil((len(runs) - first) / _MOST_TICKS))
     places = range(first, len(runs), step)
-    axes.set_xticks(list(places), [runs[place].created_utc[:10] for place in places], fontsize=9)
+    axes.set_xticks(list(places), [runs[place].created_utc[:10] for place in places], fontsize=10)
     axes.locator_params(axis="y", nbins=4, prune="lower")
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
 
