@@ -34,7 +34,6 @@ _SUITE = click.option(
     "--suite", default="nightly", show_default=True, metavar="NAME", help="Of configs/suites, or a TOML file."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-_SAMPLES_KEPT = {"series", "failures"}
 
 
 @click.group()
@@ -70,7 +69,7 @@ def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: 
     _tell_run(night.record)
     _say(f"{folder} waits for: sdopt perf gate")
     if as_json:
-        table = night.record.model_dump(mode="json", exclude=_SAMPLES_KEPT - {"failures"})
+        table = night.record.model_dump(mode="json", exclude={"series"})
         print(json.dumps({"folder": str(folder), "run": table}))
 
 
@@ -161,6 +160,37 @@ def compare(before: str, after: str, history_file: Path, force: bool, as_json: b
     if as_json:
         print(comparison_to_json(comparison))
     print(format_comparison(comparison), end="", file=sys.stderr)
+
+
+@perf.command()
+@_HISTORY
+@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a page of all series here.")
+@click.option(
+    "--export", "export_folder", type=click.Path(path_type=Path), metavar="DIR",
+    help="Write one run here for github-action-benchmark and pytest-benchmark's tools.",
+)  # fmt: skip
+@click.option("--run", "wanted", default="last", show_default=True, metavar="RUN", help="The run that --export writes.")
+@_JSON
+def history(history_file: Path, report: Path | None, export_folder: Path | None, wanted: str, as_json: bool) -> None:
+    """Show the history: its runs and the last point of each series."""
+    from sdopt.perf.export import write_exports
+    from sdopt.perf.history import History, find_run
+    from sdopt.perf.index import view_indexed
+    from sdopt.perf.page import format_history, write_history_page
+
+    found = History(history_file)
+    view = view_indexed(found)
+    written = [*write_history_page(report, view)] if report is not None else []
+    if export_folder is not None:
+        written += write_exports(export_folder, find_run(found.read().records, wanted))
+    for damage in view.damaged:
+        _say(f"line {damage.line_number} of {history_file} is passed over: {damage.reason}")
+    if as_json:
+        runs = [record.model_dump(mode="json", exclude={"series"}) for record in view.runs]
+        print(json.dumps({"runs": runs, "written": [str(path) for path in written]}))
+    print(format_history(view), end="", file=sys.stderr)
+    for path in written:
+        _say(str(path))
 
 
 def _runs(history_file: Path) -> Path:

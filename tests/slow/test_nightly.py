@@ -1,0 +1,96 @@
+"""scripts/nightly on a scratch clone: two nights of the same code pass, and a planted slow-down alarms.
+
+The slow-down is planted as a commit of the clone, so that the A/B of the same night has two trees to tell apart: each
+step of an engine's UNet sleeps for a share of its own time. That share is larger here than the 5 % that the gate is
+made for, because this test has to hold beside other tests on two cores; for the same reason the clone allows neighbours
+and slow builds. `benchmarks/planted_slowdown.py` plants 5 % on a quiet machine, with nothing else changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.planted_slowdown import commit_edit, plant_sleep
+from tests.conftest import REPOSITORY
+
+SHARE = 0.5
+SUITE = """
+name = "small"
+[method]
+repeats = 3
+picture_budget_s = 2.0
+least_pictures = 3
+most_pictures = 20
+[[cases]]
+name = "tiny"
+source = "tiny-shapes"
+against = []
+steps = [6]
+recipe = { target = "onnxruntime", precision = "fp32", verify = { enabled = false } }
+"""
+
+
+class Nights:
+    """A clone of the repository's last commit, with a cache and a history of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clone = folder, folder / "clone"
+        (folder / "small.toml").write_text(SUITE)
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.clone)], check=True, capture_output=True)
+        allowed = {
+            "sdopt/bench/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
+            "sdopt/bench/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
+            "sdopt/perf/limits.py": ('"build time", 0.25', '"build time", 1e9'),
+        }
+        commit_edit(self.clone, allowed, "neighbours are allowed")
+        commit_edit(
+            self.clone, {"sdopt/bench/conditions.py": ("_CLOCK_FALL = 0.10", "_CLOCK_FALL = 1.0")}, "and a fallen clock"
+        )
+
+    def run(self) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "SDOPT_PYTHON": sys.executable, "SDOPT_CACHE": str(self.folder / "cache"), "CONFIRM_MINUTES": "15",
+            "SDOPT_HISTORY": str(self.folder / "history.jsonl"), "SUITE": str(self.folder / "small.toml"),
+        }  # fmt: skip
+        return subprocess.run(
+            [str(self.clone / "scripts" / "nightly")], env={**os.environ, **environment}, text=True,
+            capture_output=True, timeout=1800, check=False, cwd=self.folder,
+        )  # fmt: skip
+
+    def verdicts(self) -> list[str]:
+        return [json.loads(line)["verdict"] for line in (self.folder / "history.jsonl").read_text().splitlines()]
+
+    def last_gate(self) -> dict[str, Any]:
+        table: dict[str, Any] = json.loads(sorted((self.folder / "runs").glob("*/gate.json"))[-1].read_text())
+        return table
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Nights:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("needs the repository's history: .git is missing")
+    return Nights(tmp_path)
+
+
+def test_two_nights_pass_and_a_planted_slow_down_alarms(nights: Nights) -> None:
+    for expected in (1, 2):
+        done = nights.run()
+        assert done.returncode == 0, done.stderr
+        assert len(nights.verdicts()) == expected
+    plant_sleep(nights.clone, SHARE)
+    done = nights.run()
+    assert done.returncode == 3, done.stderr
+    assert nights.verdicts()[-1] == "alarm"
+    slower = [finding for finding in nights.last_gate()["findings"] if finding["rule"] == "slower"]
+    assert {"unet_step", "end_to_end"} & {finding["series"]["metric"] for finding in slower}, done.stderr
+    assert {finding["series"]["candidate"] for finding in slower} == {"engines"}
+    assert {finding["evidence"] for finding in slower} == {"A/B in the same night"}
+    assert "unet_step" in sorted((nights.folder / "runs").glob("*/gate.md"))[-1].read_text()
+    assert list((nights.folder / "cache" / "worktrees").iterdir()) == []
