@@ -119,7 +119,9 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     scene = _prepare_scene(request, manifest, work)
     rows = {
         candidate.name: _Row(candidate, work / f"{candidate.name}.safetensors")
-        for candidate in list_candidates(request.folder, manifest, request.against, request.peer_python)
+        for candidate in list_candidates(
+            request.folder, manifest, request.against, request.peer_python, request.trust_engines
+        )
     }
     order = interleave(list(rows), request.repeats)
     for position, name in enumerate(order):

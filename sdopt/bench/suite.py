@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdopt.bench.report import Scope
 
@@ -37,11 +37,19 @@ class SuiteCase(_Frozen):
     scope: Scope = Scope.PICTURES
     against: tuple[str, ...] | None = None
     """As `--against`; absent takes the usual baselines."""
-    steps: tuple[int, ...] = Field(default=(20,), min_length=1)
+    steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(default=(20,), min_length=1)
     prompts: tuple[str, ...] = ()
+    prompt_file: str = ""
+    """Instead of `prompts`: a file of `configs/prompts` by name, or a path."""
     guidance_scale: float | None = Field(default=None, ge=0)
     method: SuiteMethod | None = None
     """Instead of the suite's."""
+
+    @model_validator(mode="after")
+    def _said_once(self) -> SuiteCase:
+        if self.prompts and self.prompt_file:
+            raise ValueError("prompts and prompt_file say the same thing: give one")
+        return self
 
 
 class Suite(_Frozen):

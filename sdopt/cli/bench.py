@@ -1,4 +1,4 @@
-"""`sdopt bench`: how fast a bundle's engines are beside torch, what they cost in memory, and what they
+"""`sdopt bench`: how fast a bundle's engines are beside torch and others, what they cost in memory, and what they
 draw.
 """
 
@@ -7,8 +7,10 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -18,24 +20,28 @@ from sdopt.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
     from sdopt.bench.report import BenchReport
-    from sdopt.bench.run import BenchResult
+    from sdopt.bench.run import BenchRequest, BenchResult
+    from sdopt.bench.suites import SuiteRun
+    from sdopt.bench.summary import CandidateSummary
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write report.html and report.json here."
+    "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write report.html, .json and .csv here."
 )
 @click.option(
     "--against",
     metavar="LIST",
-    help="What of torch to measure beside the engines.  [default: eager-fp32,eager-bf16,compile; beside engines of a "
-    "GPU eager-fp16,compile]",
+    help="What to measure beside the engines: eager, eager-fp32, eager-bf16, eager-fp16, compile, "
+    "compile-max-autotune, attention, flash-attn, optimum, or the folder of another bundle.  [default: "
+    "eager-fp32,eager-bf16,compile; beside engines of a GPU eager-fp16,compile-max-autotune]",
 )
 @click.option(
-    "--repeats", type=click.IntRange(1, 100), default=2, show_default=True, help="Processes for each candidate."
+    "--suite", metavar="NAME", help="What to measure: a file of configs/suites, or a path. Other options override it."
 )
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Steps of the scheduler.")
+@click.option("--repeats", type=click.IntRange(1, 100), help="Processes for each candidate.  [default: 2]")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the scheduler.  [default: 20]")
 @click.option(
     "--prompt", "prompts", multiple=True, help="What to draw; several times for several.  [default: the bundle's]"
 )
@@ -43,21 +49,33 @@ if TYPE_CHECKING:
     "--time-limit",
     "time_limit_s",
     type=click.FloatRange(1),
-    default=1800,
-    show_default=True,
     metavar="SECONDS",
-    help="For each process; a candidate that takes longer is reported as failed.",
+    help="For each process; a candidate that takes longer is reported as failed.  [default: 1800]",
+)
+@click.option(
+    "--peer-python",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="PATH",
+    help="Interpreter of the environment that has optimum.",
+)
+@click.option("--layers", is_flag=True, help="Find the first layer where the engines and torch part.")
+@click.option(
+    "--weights", multiple=True, metavar="NAME=PATH", help="Local weights of a metric: lpips=FILE or clip=FOLDER."
 )
 @click.option("--trust-engine", "trust_engines", multiple=True, metavar="SHA256", help=TRUST_ENGINE_HELP)
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on standard output; an array for several.")
 def bench(
     folder: Path,
     report: Path | None,
     against: str | None,
-    repeats: int,
-    steps: int,
+    suite: str | None,
+    repeats: int | None,
+    steps: int | None,
     prompts: tuple[str, ...],
-    time_limit_s: float,
+    time_limit_s: float | None,
+    peer_python: Path | None,
+    layers: bool,
+    weights: tuple[str, ...],
     trust_engines: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -67,31 +85,69 @@ def bench(
     Every candidate runs in fresh processes, interleaved with the others. One that fails becomes a row with
     its message.
     """
-    from sdopt.bench.candidates import parse_against
-    from sdopt.bench.run import BenchRequest, run_bench
+    from sdopt.bench.baselines import parse_against
+    from sdopt.bench.run import BenchRequest
+    from sdopt.bench.suites import expand, load_suite
+    from sdopt.fidelity.perceptual.weights import parse_weights
 
-    request = BenchRequest(
-        folder,
-        None if against is None else parse_against(against),
-        prompts,
-        steps,
-        repeats,
-        time_limit_s,
-        command=shlex.join(["sdopt", *sys.argv[1:]]),
-        trust_engines=trust_engines,
-    )
+    given: dict[str, Any] = {
+        "against": None if against is None else parse_against(against), "steps": steps, "prompts": prompts or None,
+        "repeats": repeats, "time_limit_s": time_limit_s,
+    }  # fmt: skip
+    base = BenchRequest(
+        folder, command=shlex.join(["sdopt", *sys.argv[1:]]), trust_engines=trust_engines, peer_python=peer_python,
+        perceptual=parse_weights(weights), layers=layers,
+    )  # fmt: skip
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if suite is None:
+        requests = {"": replace(base, **chosen)}
+    else:
+        loaded = load_suite(suite)
+        requests = {run.name: replace(_request_run(base, loaded.name, run), **chosen) for run in expand(loaded)}
     if report is not None:
         _prepare(report)
-    with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as work, progress.shown_on_stderr():
-        result = run_bench(request, Path(work))
+    results = _run_all(requests, report)
     if as_json:
-        sys.stdout.write(result.report.to_json().decode())
-    _print_table(result.report)
-    if report is not None:
-        _write(report, result)
-    if _engines_failed(result.report):
+        sys.stdout.write(_format_json([result.report for result in results]))
+    if any(_engines_failed(result.report) for result in results):
         # Told by the table and in the JSON; a second message would break the one JSON document.
         sys.exit(1)
+
+
+def _request_run(base: BenchRequest, suite: str, run: SuiteRun) -> BenchRequest:
+    from sdopt.bench.steady import Effort
+
+    method, case = run.method, run.case
+    effort = Effort(
+        least_pictures=method.least_pictures, most_pictures=method.most_pictures,
+        picture_budget_s=method.picture_budget_s,
+    )  # fmt: skip
+    return replace(
+        base, against=case.against, prompts=case.prompts, steps=run.steps, guidance_scale=case.guidance_scale,
+        scope=case.scope, repeats=method.repeats, time_limit_s=method.time_limit_s, suite=suite, effort=effort,
+    )  # fmt: skip
+
+
+def _run_all(requests: Mapping[str, BenchRequest], report: Path | None) -> list[BenchResult]:
+    """Run one after the other; each is shown, and with a `report` folder written, when it is done."""
+    from sdopt.bench.run import run_bench
+
+    results = []
+    for name, request in requests.items():
+        with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as work, progress.shown_on_stderr():
+            result = run_bench(request, Path(work))
+        results.append(result)
+        _print_table(result.report)
+        if report is not None:
+            _write(report / name if len(requests) > 1 else report, result)
+    if report is not None and len(requests) > 1:
+        _write_index(report, dict(zip(requests, results, strict=True)))
+    return results
+
+
+def _format_json(reports: Sequence[BenchReport]) -> str:
+    documents = [report.to_json().decode().rstrip() for report in reports]
+    return (documents[0] if len(documents) == 1 else f"[{','.join(documents)}]") + "\n"
 
 
 def _prepare(report: Path) -> None:
@@ -115,13 +171,20 @@ def _prepare(report: Path) -> None:
 
 
 def _write(folder: Path, result: BenchResult) -> None:
-    from sdopt.artifacts.files import write_file
-    from sdopt.bench.render import render_html
-    from sdopt.bench.report import write_report
+    from sdopt.bench.report_files import write_report_files
 
-    write_report(folder / "report.json", result.report)
-    write_file(folder / "report.html", render_html(result).encode())
-    print(folder / "report.html", file=sys.stderr)
+    folder.mkdir(exist_ok=True)
+    print(write_report_files(folder, result), file=sys.stderr)
+
+
+def _write_index(folder: Path, results: Mapping[str, BenchResult]) -> None:
+    from sdopt.bench.render import IndexEntry
+    from sdopt.bench.report_files import write_index
+
+    entries = [IndexEntry(name, f"{name}/report.html", result.report) for name, result in results.items()]
+    first = entries[0].report
+    title = f"{first.case.bundle}, suite {first.method.suite}"
+    print(write_index(folder, title, entries), file=sys.stderr)
 
 
 def _print_table(report: BenchReport) -> None:
@@ -130,48 +193,58 @@ def _print_table(report: BenchReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from sdopt.bench.report import Stage, Status
-    from sdopt.bench.summary import (
-        NOT_MEASURED,
-        describe_result,
-        format_bytes,
-        format_ns,
-        summarize_candidates,
-    )
-    from sdopt.fidelity.verdict import format_psnr
+    from sdopt.bench.candidates import ENGINES
+    from sdopt.bench.pairs import judge_pairs, lay_out_matrix
+    from sdopt.bench.report import Scope, Status
+    from sdopt.bench.summary import describe_result, format_bytes, format_speed, summarize_candidates
 
+    draws = report.case.scope is Scope.PICTURES
+    what = f"{report.case.steps} steps" if draws else "one step of the UNet"
     table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        title=escape(neutralise(f"{report.case.bundle}, {report.case.steps} steps")),
+        box=SIMPLE_HEAD, pad_edge=False, title=escape(neutralise(f"{report.case.bundle}, {what}")),
         title_justify="left",
-    )
+    )  # fmt: skip
     rows = summarize_candidates(report)
     on_gpu = any(row.peak_device_bytes is not None for row in rows)
-    memory = ("memory", "GPU memory") if on_gpu else ("memory",)
-    for column in ("", "one call", "UNet step", "speed", "cold start", *memory, "PSNR"):
+    names = ["", *(["one call"] if draws else []), "UNet step", "speed", "cold start", "memory"]
+    for column in (*names, *(["GPU memory"] if on_gpu else []), *(["PSNR"] if draws else [])):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in rows:
+        label = escape(neutralise(row.record.label))
         if row.record.status is not Status.OK or row.whole is None:
-            table.add_row(escape(row.record.label), row.record.status.value)
+            table.add_row(label, row.record.status.value)
             continue
-        step = row.stages.get(Stage.UNET_STEP)
-        table.add_row(
-            escape(row.record.label),
-            format_ns(row.whole.median_ns),
-            format_ns(step.median_ns if step else None),
-            f"{row.speed.value:.2f}x" if row.speed else NOT_MEASURED,
-            format_ns(row.cold_start_ns),
-            format_bytes(row.peak_rss_bytes),
-            *([format_bytes(row.peak_device_bytes)] if on_gpu else []),
-            NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db),
-        )
+        device = [format_bytes(row.peak_device_bytes)] if on_gpu else []
+        table.add_row(label, *_format_row(row, draws=draws, device=device))
     console = Console(stderr=True)
     console.print(table)
+    for pair in lay_out_matrix(judge_pairs(report)).get(ENGINES, {}).values():
+        verdict = f"{pair.verdict.speed}, {format_speed(pair.verdict.ratio)}"
+        said = f"{pair.candidate.label} against {pair.against.label}: {verdict}"
+        console.print(escape(neutralise(said)))
     for candidate in report.candidates:
         if candidate.status is not Status.OK:
             console.print(escape(neutralise(f"{candidate.label} {candidate.status}: {candidate.message}")))
     console.print(escape(neutralise(describe_result(report))))
+
+
+def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) -> list[str]:
+    """The cells behind the label."""
+    from sdopt.bench.report import Stage
+    from sdopt.bench.summary import NOT_MEASURED, format_bytes, format_ns
+    from sdopt.fidelity.verdict import format_psnr
+
+    step = row.stages.get(Stage.UNET_STEP)
+    psnr = NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db)
+    return [
+        *([format_ns(row.whole.median_ns if row.whole else None)] if draws else []),
+        format_ns(step.median_ns if step else None),
+        f"{row.speed.value:.2f}x" if row.speed else NOT_MEASURED,
+        format_ns(row.cold_start_ns),
+        format_bytes(row.peak_rss_bytes),
+        *device,
+        *([psnr] if draws else []),
+    ]
 
 
 def _engines_failed(report: BenchReport) -> bool:
