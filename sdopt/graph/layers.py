@@ -16,8 +16,6 @@ import onnx
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.precision import DType
 
-# What only gives a weight another type or shape: its output is still that weight. The rest computes.
-_WEIGHT_OPS = {"Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "DequantizeLinear", "QuantizeLinear"}
 _PROJECTIONS = (".to_out.0", ".out_proj")
 _DTYPES = {
     onnx.TensorProto.FLOAT: DType.FP32,
@@ -64,7 +62,9 @@ def _find_ends(graph: onnx.GraphProto) -> tuple[_Places, _Places]:
     outputs: _Places = {}
     for place, node in enumerate(graph.node):
         owner = next((owners[name] for name in node.input if owners.get(name)), "")
-        if node.op_type in _WEIGHT_OPS and all(name in owners for name in node.input if name):
+        if node.op_type != "Gather" and all(name in owners for name in node.input if name):
+            # A weight in another type or shape. CLIP's table of positions gives the same rows for every input, and is a
+            # layer all the same.
             owners |= dict.fromkeys(node.output, owner)
         elif owner:
             data = next((name for name in node.input if name and name not in owners), "")
