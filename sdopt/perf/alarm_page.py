@@ -86,7 +86,7 @@ def _list_sections(report: GateReport, tonight: RunRecord) -> list[_Section]:
     items = tuple(_shorten(f.sentence) for f in shown) + ((f"and {len(left)} more in the JSON",) if left else ())
     sections = [
         _Section("Findings", tuple(map(_list_cells, shown)), items),
-        _Section("What to do", commands=_list_commands(report)),
+        _Section("What to do", commands=_list_commands(report, tonight)),
         _Section("Looked at", items=(*_describe_screen(report), *map(_shorten, report.notes))),
         _Section("Environment", items=_describe_environment(tonight)),
     ]
@@ -101,12 +101,16 @@ def _list_cells(finding: Finding) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _list_commands(report: GateReport) -> tuple[str, ...]:
+def _list_commands(report: GateReport, tonight: RunRecord) -> tuple[str, ...]:
+    """A bisection follows one series of times: that of the most pressing finding which has one."""
     if not report.findings or not report.last_good_run:
         return ()
     commands = [f"sdopt perf compare {report.last_good_run} {report.run}"]
-    if report.last_good_commit and report.commit and report.last_good_commit != report.commit:
-        commands.append(f"sdopt perf bisect {report.last_good_commit[:12]}..{report.commit[:12]}")
+    slower = next((f.series for f in report.findings if f.series and f.rule in (Rule.SLOWER, Rule.DRIFT)), None)
+    if slower and report.last_good_commit and report.commit and report.last_good_commit != report.commit:
+        span = f"{report.last_good_commit[:12]}..{report.commit[:12]}"
+        commands.append(f"sdopt perf bisect {span} --suite {tonight.suite} --series {slower}")
+    commands.append(f"sdopt perf gate --accept {report.run}")
     return tuple(commands)
 
 

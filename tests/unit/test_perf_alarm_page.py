@@ -58,7 +58,8 @@ def test_both_pages_hold_the_figures_the_environment_and_the_commands() -> None:
         for expected in (
             "100 ms", "105 ms", "+5.0%", "0.002", "A/B in the same night", "a note", "A processor", "torch 2.12",
             f"sdopt perf compare {report.last_good_run} {report.run}",
-            f"sdopt perf bisect {'a' * 12}..{TONIGHT.commit[:12]}",
+            f"sdopt perf bisect {'a' * 12}..{TONIGHT.commit[:12]} --suite nightly --series tiny/engines/end_to_end",
+            f"sdopt perf gate --accept {report.run}",
         ):  # fmt: skip
             assert expected in text
     assert _Cells(page).cells[:5] == ["slower", "tiny/engines/end_to_end", "100 ms", "105 ms", "+5.0%"]
