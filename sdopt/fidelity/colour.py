@@ -81,7 +81,7 @@ def _find_chroma_and_hue(a: Lab, b: Lab) -> tuple[Lab, Lab, Lab, Lab]:
 
 def _saturate(chroma: Lab) -> Lab:
     power = chroma**7
-    return np.sqrt(power / (power + _25_TO_7))  # type: ignore[no-any-return]
+    return np.sqrt(power / (power + _25_TO_7))
 
 
 def _turn_between(hue_a: Lab, hue_b: Lab, chroma_product: Lab) -> Lab:
@@ -99,4 +99,4 @@ def _mean_hue(hue_a: Lab, hue_b: Lab, chroma_product: Lab) -> Lab:
 
 
 def _cos(degrees: Lab) -> Lab:
-    return np.cos(np.radians(degrees))  # type: ignore[no-any-return]
+    return np.cos(np.radians(degrees))
