@@ -32,8 +32,24 @@ _SLEEPY = """\
         return outputs
 """
 
+SUITE = """
+name = "small"
+[method]
+repeats = 5
+picture_budget_s = 4.0
+least_pictures = 4
+most_pictures = 20
+[[cases]]
+name = "tiny"
+source = "tiny-shapes"
+against = []
+steps = [10]
+recipe = { target = "onnxruntime", precision = "fp32", verify = { enabled = false } }
+"""
+_Edits = Mapping[str, tuple[str, str]]
 
-def commit_edit(clone: Path, edits: Mapping[str, tuple[str, str]], message: str) -> None:
+
+def commit_edit(clone: Path, edits: _Edits, message: str) -> None:
     """Replace one text in each file by another, and commit. Each text has to be there once."""
     for name, (old, new) in edits.items():
         text = (clone / name).read_text(encoding="utf-8")
@@ -60,12 +76,14 @@ def run_night(clone: Path, history: Path, suite: str) -> dict[str, Any]:
 
 @click.command()
 @click.option("--share", default=0.05, show_default=True, help="Of the UNet step, that is slept.")
-@click.option("--suite", default="smoke", show_default=True, help="Of configs/suites, or a file.")
+@click.option("--suite", help="Of configs/suites, or a file.  [default: tiny-shapes, five processes a night]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write what each night said.")
-def main(share: float, suite: str, json_path: Path | None) -> None:
+def main(share: float, suite: str | None, json_path: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         clone, history = Path(folder) / "clone", Path(folder) / "perf" / "history.jsonl"
         subprocess.run(["git", "clone", "--quiet", str(_REPOSITORY), str(clone)], check=True)
+        (Path(folder) / "small.toml").write_text(SUITE, encoding="utf-8")
+        suite = suite or str(Path(folder) / "small.toml")
         nights = [run_night(clone, history, suite) for _ in range(2)]
         plant_sleep(clone, share)
         nights.append(run_night(clone, history, suite))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.bench.stats import Speed, judge_pair
+from sdopt.bench.suites import SuiteRun
 from sdopt.errors import SdoptError, UsageError
 from sdopt.perf.confirm import measure_pairs, opened_side
 from sdopt.perf.confirm_rules import CONFIRM_PROCESSES
-from sdopt.perf.once import Job
 from sdopt.perf.record import Metric
 from sdopt.perf.worktree import checked_out, list_commits
 
@@ -81,7 +81,7 @@ def search(commits: Sequence[str], judge: Judge) -> Bisection:
             good = middle
 
 
-def bisect(repository: Path, span: str, job: Job, candidate: str, metric: Metric) -> Bisection:
+def bisect(repository: Path, span: str, job: SuiteRun, candidate: str, metric: Metric) -> Bisection:
     """Search `GOOD..BAD` for the commit that made a series slower. Raises `UsageError` for a span that is none."""
     good, dots, bad = span.partition("..")
     if not (good and dots and bad):

@@ -17,10 +17,11 @@ from sdopt.bench.conditions import list_condition_problems
 from sdopt.bench.environment import measure_conditions, read_cpu_use
 from sdopt.bench.report import ProcessRecord
 from sdopt.bench.suite import Suite
+from sdopt.bench.suites import SuiteRun, expand
 from sdopt.errors import SdoptError
 from sdopt.perf.confirm_rules import CONFIRM_PROCESSES, Confirmation
-from sdopt.perf.nightly import Bundle, build_bundle, list_jobs
-from sdopt.perf.once import PROTOCOL, Job
+from sdopt.perf.nightly import Bundle, build_bundle
+from sdopt.perf.once import PROTOCOL, dump_job
 from sdopt.perf.record import Metric, SeriesKey
 from sdopt.perf.series import group_samples, merge_conditions
 from sdopt.perf.worktree import Tree, checked_out
@@ -36,10 +37,10 @@ class Side:
     tree: Tree
     bundle: Bundle
 
-    def measure(self, job: Job, candidate: str) -> ProcessRecord:
+    def measure(self, job: SuiteRun, candidate: str) -> ProcessRecord:
         """One fresh process. Raises `SdoptError` where it fails."""
         arguments = {
-            "protocol": PROTOCOL, "folder": str(self.bundle.folder), "job": job.to_json(), "candidate": candidate,
+            "protocol": PROTOCOL, "folder": str(self.bundle.folder), "job": dump_job(job), "candidate": candidate,
         }  # fmt: skip
         values = self.tree.call("measure", arguments, self.bundle.store)
         return ProcessRecord.model_validate(values["process"])
@@ -63,7 +64,7 @@ class Pairs:
 
 
 @contextlib.contextmanager
-def opened_side(tree: Tree, job: Job) -> Iterator[Side]:
+def opened_side(tree: Tree, job: SuiteRun) -> Iterator[Side]:
     """A tree with its own bundle of the job's case, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="sdopt-side-") as folder:
         progress.update(f"{job.case.name}: building {tree.commit[:12]}", 0.0)
@@ -71,7 +72,7 @@ def opened_side(tree: Tree, job: Job) -> Iterator[Side]:
 
 
 def measure_pairs(
-    baseline: Side, candidate: Side, job: Job, name: str, *, count: int, deadline_s: float | None = None
+    baseline: Side, candidate: Side, job: SuiteRun, name: str, *, count: int, deadline_s: float | None = None
 ) -> Pairs | None:
     """`count` processes of each side in turns. None where `deadline_s` of `time.monotonic` leaves no time for two.
 
@@ -106,7 +107,7 @@ class SameNight:
     def __call__(self, keys: Sequence[SeriesKey]) -> Mapping[SeriesKey, Confirmation] | None:
         """Suspects measured again, in their order until the time is spent; None where the old commit cannot run."""
         deadline_s = time.monotonic() + self.budget_s
-        jobs = {job.name: job for job in list_jobs(self.suite)}
+        jobs = {job.name: job for job in expand(self.suite)}
         found: dict[SeriesKey, Confirmation] = {}
         try:
             with checked_out(self.own.root, self.good_commit) as good:
@@ -121,7 +122,7 @@ class SameNight:
         return found or None
 
     def _measure_case(
-        self, good: Tree, job: Job, keys: Sequence[SeriesKey], deadline_s: float
+        self, good: Tree, job: SuiteRun, keys: Sequence[SeriesKey], deadline_s: float
     ) -> dict[SeriesKey, Confirmation]:
         found: dict[SeriesKey, Confirmation] = {}
         with opened_side(good, job) as baseline, opened_side(self.own, job) as candidate:

@@ -26,11 +26,12 @@ from sdopt.bench.conditions import list_condition_problems, list_problems
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, Conditions, read_report
 from sdopt.bench.suite import Suite, SuiteCase
+from sdopt.bench.suites import SuiteRun, expand
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.perf.bridge import find_bridge_commit
 from sdopt.perf.fingerprint import fingerprint_of
 from sdopt.perf.history import new_run_id
-from sdopt.perf.once import PROTOCOL, Job
+from sdopt.perf.once import PROTOCOL, dump_job
 from sdopt.perf.record import FailureRecord, RunKind, RunRecord, SeriesRecord
 from sdopt.perf.series import list_failures, list_series, merge_conditions
 from sdopt.perf.sources import find_source
@@ -73,7 +74,7 @@ class _Findings:
 
     def measure_case(self, case: SuiteCase, folder: Path) -> None:
         """Build the case in the empty `folder` and bench its jobs; what fails is noted."""
-        jobs = [job for job in list_jobs(self.suite) if job.case is case]
+        jobs = [job for job in expand(self.suite) if job.case is case]
         progress.update(f"{case.name}: building", 0.0)
         try:
             bundle = build_bundle(self.tree, case, folder, jobs[0].method.time_limit_s)
@@ -90,30 +91,21 @@ class _Findings:
             self.series += list_series(job.name, report, bundle.build_ns if job is jobs[0] else None)
             self.failures += list_failures(job.name, report)
 
-    def _bench(self, bundle: Bundle, job: Job, path: Path) -> BenchReport:
+    def _bench(self, bundle: Bundle, job: SuiteRun, path: Path) -> BenchReport:
         arguments = {
-            "protocol": PROTOCOL, "folder": str(bundle.folder), "job": job.to_json(), "report": str(path),
+            "protocol": PROTOCOL, "folder": str(bundle.folder), "job": dump_job(job), "report": str(path),
             "command": self.command, "suite": self.suite.name,
         }  # fmt: skip
         self.tree.call("bench", arguments, bundle.store)
         return read_report(path)
 
-    def _fail(self, jobs: list[Job], error: SdoptError) -> None:
+    def _fail(self, jobs: list[SuiteRun], error: SdoptError) -> None:
         self.failures += [FailureRecord(case=job.name, candidate="", message=str(error)) for job in jobs]
 
 
-def list_jobs(suite: Suite) -> list[Job]:
-    """A job for each case and number of steps. A case with one keeps its own name."""
-    return [
-        Job(case.name if len(case.steps) == 1 else f"{case.name}-{steps}", case, steps, case.method or suite.method)
-        for case in suite.cases
-        for steps in case.steps
-    ]
-
-
-def find_job(suite: Suite, name: str) -> Job:
+def find_job(suite: Suite, name: str) -> SuiteRun:
     """The job of that name. Raises `UsageError` where the suite has none."""
-    jobs = {job.name: job for job in list_jobs(suite)}
+    jobs = {job.name: job for job in expand(suite)}
     if name not in jobs:
         raise UsageError(f"the suite {suite.name} has no case {name!r}", hint=f"it has: {', '.join(jobs)}")
     return jobs[name]

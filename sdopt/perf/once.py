@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.manifest import MANIFEST_NAME
 from sdopt.bench.report import write_report
 from sdopt.bench.suite import SuiteCase, SuiteMethod
+from sdopt.bench.suites import SuiteRun
 from sdopt.errors import SdoptError
 from sdopt.isolation import JsonTable
 from sdopt.perf.worktree import require_tree
@@ -26,21 +26,12 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a suite's case: its number of steps is decided."""
-
-    name: str
-    """Of the series: the case, with its steps where the case has several."""
-    case: SuiteCase
-    steps: int
-    method: SuiteMethod
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "case": self.case.model_dump(mode="json"), "steps": self.steps,
-            "method": self.method.model_dump(mode="json"),
-        }  # fmt: skip
+def dump_job(job: SuiteRun) -> dict[str, Any]:
+    """A run of a suite as `bench` and `measure` take it."""
+    return {
+        "name": job.name, "case": job.case.model_dump(mode="json"), "steps": job.steps,
+        "method": job.method.model_dump(mode="json"),
+    }  # fmt: skip
 
 
 def build(arguments: JsonTable) -> JsonTable:
@@ -100,9 +91,9 @@ def _make_request(arguments: JsonTable) -> BenchRequest:
     )  # fmt: skip
 
 
-def _read_job(arguments: JsonTable) -> Job:
+def _read_job(arguments: JsonTable) -> SuiteRun:
     values = arguments["job"]
-    return Job(
+    return SuiteRun(
         values["name"], SuiteCase.model_validate_json(json.dumps(values["case"])), int(values["steps"]),
         SuiteMethod.model_validate_json(json.dumps(values["method"])),
     )  # fmt: skip

@@ -17,24 +17,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.planted_slowdown import commit_edit, plant_sleep
+from benchmarks.planted_slowdown import SUITE, commit_edit, plant_sleep
 from tests.conftest import REPOSITORY
 
 SHARE = 0.5
-SUITE = """
-name = "small"
-[method]
-repeats = 3
-picture_budget_s = 2.0
-least_pictures = 3
-most_pictures = 20
-[[cases]]
-name = "tiny"
-source = "tiny-shapes"
-against = []
-steps = [6]
-recipe = { target = "onnxruntime", precision = "fp32", verify = { enabled = false } }
-"""
 
 
 class Nights:
@@ -42,7 +28,8 @@ class Nights:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.clone = folder, folder / "clone"
-        (folder / "small.toml").write_text(SUITE)
+        quicker = SUITE.replace("repeats = 5", "repeats = 3").replace("steps = [10]", "steps = [6]")
+        (folder / "small.toml").write_text(quicker)
         subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.clone)], check=True, capture_output=True)
         allowed = {
             "sdopt/bench/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),

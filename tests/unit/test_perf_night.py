@@ -12,6 +12,7 @@ import pytest
 
 from sdopt.bench.report import Conditions, ProcessRecord, Stage, Status, write_report
 from sdopt.bench.suite import Suite, SuiteCase, SuiteMethod
+from sdopt.bench.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
 from sdopt.isolation import JsonTable
 from sdopt.perf import confirm, judge, nightly
@@ -19,7 +20,7 @@ from sdopt.perf.confirm import Side, measure_pairs
 from sdopt.perf.findings import Outcome, Rule
 from sdopt.perf.history import History
 from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
-from sdopt.perf.nightly import Bundle, Night, find_job, list_jobs, measure_suite, read_night, write_night
+from sdopt.perf.nightly import Bundle, Night, find_job, measure_suite, read_night, write_night
 from sdopt.perf.record import Metric, RunKind, RunRecord, SeriesKey
 from sdopt.perf.series import list_failures, list_series, merge_conditions
 from sdopt.perf.worktree import Tree
@@ -62,7 +63,7 @@ def measure(tmp_path: Path, answer: Callable[[str, JsonTable], JsonTable]) -> Ni
 
 
 def test_a_case_with_several_steps_is_several_jobs() -> None:
-    assert [(job.name, job.steps, job.method.repeats) for job in list_jobs(SUITE)] == [
+    assert [(job.name, job.steps, job.method.repeats) for job in expand(SUITE)] == [
         ("one", 20, 2), ("two-5", 5, 7), ("two-10", 10, 7),
     ]  # fmt: skip
     assert find_job(SUITE, "two-10").steps == 10
@@ -186,7 +187,7 @@ def plant_side(name: str, step_ns: int, order: list[str]) -> Side:
 
 def test_pairs_take_turns_and_keep_their_sides() -> None:
     order: list[str] = []
-    pairs = measure_pairs(plant_side("A", 100, order), plant_side("B", 200, order), list_jobs(SUITE)[0], "e", count=4)
+    pairs = measure_pairs(plant_side("A", 100, order), plant_side("B", 200, order), expand(SUITE)[0], "e", count=4)
     assert pairs is not None
     assert "".join(order) == "ABBAABBA"
     answer = pairs.confirm(Metric.UNET_STEP)
@@ -212,7 +213,7 @@ def test_a_deadline_ends_the_pairs_or_forbids_them(monkeypatch: pytest.MonkeyPat
     def run(deadline_s: float) -> int:
         order.clear()
         now[0] = 0.0
-        job = list_jobs(SUITE)[0]
+        job = expand(SUITE)[0]
         pairs = measure_pairs(slow_side("A"), slow_side("B"), job, "e", count=6, deadline_s=deadline_s)
         return 0 if pairs is None else len(pairs.baseline)
 
