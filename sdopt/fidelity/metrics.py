@@ -107,8 +107,8 @@ def compute_least_cosine(a: FloatArray, b: FloatArray) -> float:
 def compute_cosines(a: FloatArray, b: FloatArray) -> list[float]:
     """Cosine of two trajectories, (steps, ...), at each step; 0 where either is not finite there, or is 0."""
     rows_a, rows_b = (array.reshape(len(array), -1).astype(np.float64) for array in (a, b))
-    finite = np.isfinite(rows_a).all(axis=1) & np.isfinite(rows_b).all(axis=1)
-    rows_a, rows_b = (np.where(finite[:, None], rows, 0.0) for rows in (rows_a, rows_b))
+    finite = (np.isfinite(rows_a) & np.isfinite(rows_b)).all(axis=1, keepdims=True)
+    rows_a, rows_b = (np.where(finite, rows, 0.0) for rows in (rows_a, rows_b))
     norms = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
     cosines = np.divide((rows_a * rows_b).sum(axis=1), norms, out=np.zeros_like(norms), where=norms > 0)
     return [float(cosine) for cosine in np.clip(cosines, -1.0, 1.0)]
