@@ -219,7 +219,7 @@ def _print_table(report: BenchReport) -> None:
     console = Console(stderr=True)
     console.print(table)
     for pair in lay_out_matrix(judge_pairs(report)).get(ENGINES, {}).values():
-        verdict = f"{pair.verdict.speed}, {format_speed(pair.verdict.ratio)}"
+        verdict = f"{pair.verdict.speed}, {format_speed(pair.verdict.ratio)} ({pair.verdict.reason})"
         said = f"{pair.candidate.label} against {pair.against.label}: {verdict}"
         console.print(escape(neutralise(said)))
     for candidate in report.candidates:
