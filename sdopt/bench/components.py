@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.bench.candidates import Candidate
-from sdopt.bench.report import CandidateKind, ComponentErrorRecord, LayerRecord
+from sdopt.bench.report import CandidateKind, ComponentErrorRecord, LayerRecord, Scope
 from sdopt.errors import SdoptError
 from sdopt.fidelity.components import measure_components, run_reference_components
 from sdopt.fidelity.layers import compare_layers
@@ -37,9 +37,10 @@ class LayerTables:
 
 
 def measure_component_errors(
-    folder: Path, manifest: BundleManifest, candidates: Sequence[Candidate], work: Path, timeout_s: float
+    folder: Path, manifest: BundleManifest, candidates: Sequence[Candidate], scope: Scope, work: Path, timeout_s: float
 ) -> ErrorTables:
-    """Hold every component of each candidate against torch fp32 on the weights of the measured bundle in `folder`.
+    """Hold the components that `scope` covers of each candidate against torch fp32 on the weights of the measured
+    bundle in `folder`.
 
     A peer shows no components and is left out. `timeout_s` is for each process.
     """
@@ -47,7 +48,8 @@ def measure_component_errors(
     outputs.mkdir()
     asked = [candidate for candidate in candidates if candidate.kind is not CandidateKind.PEER]
     try:
-        run_reference_components(folder, manifest, outputs, timeout_s=timeout_s)
+        names = (ComponentName.UNET,) if scope is Scope.UNET else tuple(manifest.components)
+        run_reference_components(folder, manifest, names, outputs, timeout_s=timeout_s)
     except SdoptError as error:
         return ErrorTables({}, {candidate.name: f"torch fp32: {error.message}" for candidate in asked})
     errors: dict[str, dict[ComponentName, ComponentErrorRecord]] = {}

@@ -274,8 +274,6 @@ class CandidateRecord(_Record):
     fid: float | None = None
     layers: tuple[LayerRecord, ...] = ()
     """Filled by `--layers`."""
-    layers_remark: str = ""
-    """What ran the graphs where it was not the engines' own runtime, and which component was not compared, and why."""
 
     @model_validator(mode="after")
     def _explained(self) -> CandidateRecord:

@@ -63,7 +63,7 @@ class BenchRequest:
     against: tuple[str, ...] | None = None
     prompts: tuple[str, ...] = ()
     steps: int = 20
-    repeats: int = 2
+    repeats: int = 3
     time_limit_s: float = 1800.0
     command: str = ""
     trust_engines: tuple[str, ...] = ()
@@ -239,7 +239,7 @@ def _measure_origins(request: BenchRequest, manifest: BundleManifest, rows: Mapp
     """Of every candidate that ran, the errors of its components; with `layers`, the engines' layers."""
     ran = [row.candidate for row in rows.values() if row.processes]
     limit_s = request.time_limit_s
-    found = measure_component_errors(request.folder, manifest, ran, work, limit_s)
+    found = measure_component_errors(request.folder, manifest, ran, request.scope, work, limit_s)
     notes = [f"the components of {name} were not compared: {message}" for name, message in found.messages.items()]
     layers = LayerTables(())
     if request.layers:

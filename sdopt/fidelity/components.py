@@ -7,6 +7,7 @@ one after the other, so that memory is that of the largest.
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +37,17 @@ class ComponentError:
 
 
 def run_reference_components(
-    folder: Path, manifest: BundleManifest, outputs: Path, *, timeout_s: float | None = None
+    folder: Path,
+    manifest: BundleManifest,
+    names: Collection[ComponentName],
+    outputs: Path,
+    *,
+    timeout_s: float | None = None,
 ) -> None:
-    """Run torch fp32 on each component of a bundle, and keep inputs and outputs in the existing folder `outputs`."""
-    arguments = {"folder": str(folder), "manifest": manifest.model_dump_json(), "outputs": str(outputs)}
+    """Run torch fp32 on these components of a bundle, and keep inputs and outputs in the existing folder `outputs`."""
+    arguments = {
+        "folder": str(folder), "manifest": manifest.model_dump_json(), "names": list(names), "outputs": str(outputs),
+    }  # fmt: skip
     run_isolated("sdopt.fidelity.components:run_torch", arguments, timeout_s=timeout_s)
 
 
@@ -78,8 +86,9 @@ def run_torch(arguments: JsonTable) -> JsonTable:
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     origin = find_origin(manifest)
-    for done, name in enumerate(manifest.components):
-        progress.update(f"torch fp32 runs {name}", done / len(manifest.components))
+    names = [ComponentName(name) for name in arguments["names"]]
+    for done, name in enumerate(names):
+        progress.update(f"torch fp32 runs {name}", done / len(names))
         files = component_files(folder, manifest, name)
         inputs = make_inputs(files.spec, files.config, files.extents)
         save_file(inputs, outputs / f"{name}-inputs.safetensors")

@@ -129,7 +129,7 @@ def run_fakes(
     for module in (run_module, describe_module):
         monkeypatch.setattr(module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
-    return run_bench(BenchRequest(tmp_path, parse_against(against), **request), tmp_path), fakes
+    return run_bench(BenchRequest(tmp_path, parse_against(against), **{"repeats": 2} | request), tmp_path), fakes
 
 
 def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

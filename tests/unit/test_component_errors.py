@@ -10,7 +10,7 @@ import pytest
 from sdopt.artifacts.manifest import BundleManifest, read_manifest
 from sdopt.bench.candidates import Candidate
 from sdopt.bench.components import measure_component_errors
-from sdopt.bench.report import CandidateKind
+from sdopt.bench.report import CandidateKind, Scope
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, TorchSettings
@@ -52,7 +52,7 @@ def test_errors_of_engines_torch_and_a_bundle_that_doubles_its_noise(
     )  # fmt: skip
     peer = Candidate("peer", "peer", Precision.FP32, None, bundle, broken.manifest, CandidateKind.PEER)
     tables = measure_component_errors(
-        pristine_bundle, _read(pristine_bundle), [*candidates, broken, doubled, peer], work, 600
+        pristine_bundle, _read(pristine_bundle), [*candidates, broken, doubled, peer], Scope.PICTURES, work, 600
     )
     for name in _NAMES:
         assert tables.errors["eager"][name].relative_error == 0
@@ -63,3 +63,9 @@ def test_errors_of_engines_torch_and_a_bundle_that_doubles_its_noise(
     assert far.cosine == pytest.approx(1, abs=1e-6)
     assert tables.messages.keys() == {"broken"}
     assert tables.errors.keys() == {"engines", "eager", "bf16", "doubled"}
+
+
+def test_of_the_unet_alone_nothing_else_is_run(pristine_bundle: Path, tmp_path: Path) -> None:
+    engines = [_make("engines", pristine_bundle)]
+    tables = measure_component_errors(pristine_bundle, _read(pristine_bundle), engines, Scope.UNET, tmp_path, 600)
+    assert tables.errors["engines"].keys() == {ComponentName.UNET}

@@ -11,12 +11,12 @@ from click.testing import CliRunner
 
 from benchmarks import gpu_run
 from benchmarks.gpu_run import Candidate, Case, Deadline, Row, Run, format_row, main, run_all
-from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
 from benchmarks.roofline import find_peak_flops
 from sdopt.backends.gpu import find_gpu
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bench.report import Stage
 from sdopt.bench.roofline import count_flops
+from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
 from sdopt.errors import SdoptError
 from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family
