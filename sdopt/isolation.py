@@ -64,9 +64,7 @@ def run_isolated(
     looks there first for what it imports.
     """
     command = [sys.executable, "-m", "sdopt.isolation", target, str(os.getpid()), str(memory_limit_bytes or 0)]
-    return run_child(
-        command, arguments, name=target, timeout_s=timeout_s, environment=environment, folder=folder
-    )
+    return run_child(command, arguments, name=target, timeout_s=timeout_s, environment=environment, folder=folder)
 
 
 def run_child(

@@ -16,7 +16,7 @@ class _Frozen(BaseModel):
 class SuiteMethod(_Frozen):
     """How each case is measured; what `sdopt bench` takes as options of the same names."""
 
-    repeats: int = Field(default=2, ge=1, le=100)
+    repeats: int = Field(default=3, ge=1, le=100)
     picture_budget_s: float = Field(default=3.0, gt=0)
     least_pictures: int = Field(default=2, ge=1)
     most_pictures: int = Field(default=10, ge=1)
