@@ -79,5 +79,5 @@ def test_two_nights_pass_and_a_planted_slow_down_alarms(nights: Nights) -> None:
     assert {"unet_step", "end_to_end"} & {finding["series"]["metric"] for finding in slower}, done.stderr
     assert {finding["series"]["candidate"] for finding in slower} == {"engines"}
     assert {finding["evidence"] for finding in slower} == {"A/B in the same night"}
-    assert "unet_step" in sorted((nights.folder / "runs").glob("*/gate.md"))[-1].read_text()
+    assert "engines/unet_step" in sorted((nights.folder / "runs").glob("*/gate.html"))[-1].read_text()
     assert list((nights.folder / "cache" / "worktrees").iterdir()) == []
