@@ -183,8 +183,6 @@ def history(history_file: Path, report: Path | None, export_folder: Path | None,
     written = [*write_history_page(report, view)] if report is not None else []
     if export_folder is not None:
         written += write_exports(export_folder, find_run(found.read().records, wanted))
-    for damage in view.damaged:
-        _say(f"line {damage.line_number} of {history_file} is passed over: {damage.reason}")
     if as_json:
         runs = [record.model_dump(mode="json", exclude={"series"}) for record in view.runs]
         print(json.dumps({"runs": runs, "written": [str(path) for path in written]}))

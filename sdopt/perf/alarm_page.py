@@ -34,11 +34,21 @@ class _Section:
 def describe_gate(report: GateReport) -> str:
     """The headline: one sentence for a subject line."""
     if not report.findings:
-        series = f"{report.screened} series within their range" if report.times_judged else "times not judged"
-        return f"Nothing to report: {series}, held against {report.nights} nights."
+        return f"Nothing to report: {_describe_times(report)}, held against {report.nights} nights."
     first, more = _shorten(report.findings[0].sentence), len(report.findings) - 1
     others = f", and {more} more {'findings' if more > 1 else 'finding'}" if more else ""
     return f"{'Alarm' if _is_worse(report) else 'Better than before, please look'}: {first}{others}."
+
+
+def _describe_times(report: GateReport) -> str:
+    if not report.times_judged:
+        return "times not judged"
+    waiting = sum(1 for suspect in report.suspects if suspect.outcome is Outcome.OPEN)
+    if waiting:
+        return (
+            f"{report.screened - waiting} of {report.screened} series as usual, {waiting} left open to the next night"
+        )
+    return f"{report.screened} series as usual"
 
 
 def render_markdown(report: GateReport, tonight: RunRecord) -> str:

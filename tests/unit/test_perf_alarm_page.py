@@ -49,6 +49,11 @@ def test_the_headline_is_the_most_pressing_finding() -> None:
     better = SLOWER.model_copy(update={"rule": Rule.IMPROVED})
     assert describe_gate(make_report(better)).startswith("Better than before, please look: ")
     assert "not judged" in describe_gate(make_report(times_judged=False))
+    waiting = SuspectRecord(
+        series=KEY, old=100e6, new=105e6, change=0.05, threshold=0.02, outcome=Outcome.OPEN
+    )  # what may be an alarm tomorrow is not as usual
+    headline = describe_gate(make_report(suspects=(waiting,)))
+    assert "11 of 12 series as usual, 1 left open" in headline
 
 
 def test_both_pages_hold_the_figures_the_environment_and_the_commands() -> None:
