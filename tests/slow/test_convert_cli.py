@@ -170,7 +170,7 @@ def test_the_way_from_a_checkpoint_to_a_picture(built: tuple[Cli, Path], tmp_pat
 
     measured = cli.run("bench", str(bundle), "--against", "eager-fp32", "--repeats", "1", "--steps", "2", "--json")
     assert measured.returncode == 0, measured.stderr
-    assert json.loads(measured.stdout)["schema_version"] == 3
+    assert json.loads(measured.stdout)["schema_version"] == 4
 
 
 def test_the_python_api_loads_it(built: tuple[Cli, Path]) -> None:

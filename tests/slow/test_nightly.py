@@ -76,8 +76,9 @@ def test_two_nights_pass_and_a_planted_slow_down_alarms(nights: Nights) -> None:
     assert done.returncode == 3, done.stderr
     assert nights.verdicts()[-1] == "alarm"
     slower = [finding for finding in nights.last_gate()["findings"] if finding["rule"] == "slower"]
-    assert {"unet_step", "end_to_end"} & {finding["series"]["metric"] for finding in slower}, done.stderr
     assert {finding["series"]["candidate"] for finding in slower} == {"engines"}
-    assert {finding["evidence"] for finding in slower} == {"A/B in the same night"}
+    # Series that hardly moved may be left in doubt by the A/B, and rest on both nights instead.
+    measured = {f["series"]["metric"] for f in slower if f["evidence"] == "A/B in the same night"}
+    assert {"unet_step", "end_to_end"} & measured, done.stderr
     assert "engines/unet_step" in sorted((nights.folder / "runs").glob("*/gate.html"))[-1].read_text()
     assert list((nights.folder / "cache" / "worktrees").iterdir()) == []

@@ -64,7 +64,7 @@ def measure(tmp_path: Path, answer: Callable[[str, JsonTable], JsonTable]) -> Ni
 
 def test_a_case_with_several_steps_is_several_jobs() -> None:
     assert [(job.name, job.steps, job.method.repeats) for job in expand(SUITE)] == [
-        ("one", 20, 2), ("two-5", 5, 7), ("two-10", 10, 7),
+        ("one", 20, 3), ("two-5", 5, 7), ("two-10", 10, 7),
     ]  # fmt: skip
     assert find_job(SUITE, "two-10").steps == 10
     with pytest.raises(UsageError, match="two"):
