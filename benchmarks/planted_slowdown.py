@@ -93,7 +93,7 @@ def main(share: float, suite: str | None, json_path: Path | None) -> None:
         print(f"  {finding['sentence']}")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps({"share": share, "suite": suite, "nights": nights}, indent=1) + "\n")
+        json_path.write_text(json.dumps({"share": share, "suite": Path(suite).stem, "nights": nights}, indent=1) + "\n")
     sys.exit(0 if codes == [0, 0, 3] else 1)
 
 
