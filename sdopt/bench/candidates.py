@@ -172,10 +172,17 @@ def _make_unique(name: str, taken: dict[str, Candidate]) -> str:
 
 
 def label_engines(manifest: BundleManifest) -> str:
-    """'OpenVINO bf16', or with several kinds 'OpenVINO bf16 + ONNX Runtime fp32', that of the UNet first."""
+    """'OpenVINO bf16', or with several kinds 'OpenVINO bf16 + ONNX Runtime fp32', that of the UNet first.
+
+    'OpenVINO bf16 with int8' where layers of the UNet are quantised, by their scheme.
+    """
     records = sorted(manifest.components.items(), key=lambda item: item[0] is not ComponentName.UNET)
     names = (f"{_label_runtime(record.backend)} {record.precision}" for _, record in records)
-    return " + ".join(dict.fromkeys(names))
+    label = " + ".join(dict.fromkeys(names))
+    unet = manifest.components.get(ComponentName.UNET)
+    if unet is None or unet.quantization is None or not unet.is_quantized:
+        return label
+    return f"{label} with {unet.quantization.settings.scheme}"
 
 
 def _label_runtime(settings: BackendSettings) -> str:

@@ -19,6 +19,7 @@ from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
+from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.model.shape import ShapeProfile
 from tests.reference_session import make_bundle
@@ -81,6 +82,9 @@ def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
         vae_decoder=make_component(OnnxRuntimeSettings(), Precision.FP32),
     )
     assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32"
+    unet = manifest.components[ComponentName.UNET]
+    unet.quantization, unet.is_quantized = SimpleNamespace(settings=SimpleNamespace(scheme=Scheme.INT8)), True
+    assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32 with int8"
 
 
 def test_the_usual_baselines_of_a_cpu() -> None:
