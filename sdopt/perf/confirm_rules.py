@@ -13,6 +13,8 @@ from sdopt.perf.screen import Suspect
 
 LEVEL = 0.02
 """Of the q-values: what `judge_pair` finds at 5 % would wake somebody for nothing once a month on a noisy machine."""
+LEAN = 0.05
+"""Of the p-value by itself: as much has an A/B to say where it leaves the decision to a second night."""
 CONFIRM_PROCESSES = 6
 """Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt."""
 
@@ -60,7 +62,10 @@ def _judge_answer(answer: Confirmation) -> PairVerdict | None:
 def _record_suspect(
     suspect: Suspect, answer: tuple[PairVerdict, float] | None, before: Suspect | None
 ) -> SuspectRecord:
-    """An A/B that shows 2 % and more, but not beyond doubt, clears nothing: it had too few processes."""
+    """An A/B that shows 2 % and more, but not beyond doubt, clears nothing: it had too few processes.
+
+    Two nights in a row then count only where the A/B leans the same way: what it cannot tell from chance wakes nobody.
+    """
     if answer is None:
         return _record_alone(suspect, before)
     verdict, q_value = answer
@@ -70,7 +75,9 @@ def _record_suspect(
     elif max(verdict.ratio.value, 1 / verdict.ratio.value) < 1 + LEAST_EFFECT:
         outcome = Outcome.CLEARED
     else:
-        return _record_alone(suspect, before).model_copy(update={"p_value": verdict.p_value, "q_value": q_value})
+        leans = verdict.p_value <= LEAN and (verdict.ratio.value < 1) == (suspect.change > 0)
+        record = _record_alone(suspect, before) if leans else _record(suspect, Outcome.OPEN)
+        return record.model_copy(update={"p_value": verdict.p_value, "q_value": q_value})
     return _record(suspect, outcome).model_copy(update=figures)
 
 

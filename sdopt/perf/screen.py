@@ -93,7 +93,8 @@ def _find_outside(nights: Sequence[NightValues], tonight: NightValues, mads: flo
         if not before:
             continue
         old = median(before)
-        mad = median(abs(value - old) for value in before)
+        # The MAD of two nights is half of their difference, and would hide what the A/B is there to find.
+        mad = median(abs(value - old) for value in before) if len(before) >= FEW_NIGHTS else 0.0
         threshold = max(LEAST_CHANGE, mads * mad / old if old else 0.0)
         if abs(relative_change(old, new)) > threshold:
             found[key] = threshold
