@@ -43,7 +43,7 @@ class Nights:
 
     def run(self) -> subprocess.CompletedProcess[str]:
         environment = {
-            "SDOPT_PYTHON": sys.executable, "SDOPT_CACHE": str(self.folder / "cache"), "CONFIRM_MINUTES": "15",
+            "SDOPT_PYTHON": sys.executable, "SDOPT_CACHE": str(self.folder / "cache"), "CONFIRM_MINUTES": "5",
             "SDOPT_HISTORY": str(self.folder / "history.jsonl"), "SUITE": str(self.folder / "small.toml"),
         }  # fmt: skip
         return subprocess.run(

@@ -16,7 +16,7 @@ from sdopt.bench.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
 from sdopt.isolation import JsonTable
 from sdopt.perf import confirm, judge, nightly
-from sdopt.perf.confirm import Side, measure_pairs
+from sdopt.perf.confirm import Side, measure_pairs, share_time
 from sdopt.perf.findings import Outcome, Rule
 from sdopt.perf.history import History
 from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
@@ -313,3 +313,13 @@ def test_a_folder_that_is_no_run_is_said(tmp_path: Path, nights: Nights) -> None
     (folder / "run.json").write_text(json.dumps({"id": 1}))
     with pytest.raises(ArtifactError, match="damaged"):
         read_night(folder)
+
+
+def test_what_one_case_leaves_of_the_time_is_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(confirm.time, "monotonic", lambda: now_s[0])
+    ends = []
+    for name, until_s in share_time(["a", "b", "c"], 90.0):
+        ends.append((name, until_s))
+        now_s[0] = 10.0 if name == "a" else until_s
+    assert ends == [("a", 30.0), ("b", 50.0), ("c", 90.0)]
