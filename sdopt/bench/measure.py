@@ -70,7 +70,7 @@ def measure(arguments: JsonTable) -> JsonTable:
     the fields of `Effort`.
     """
     importlib.import_module("sdopt.pipeline.assemble")  # torch and diffusers, which are not the candidate's to load
-    imported_ns, rss_imported_bytes = time.monotonic_ns(), read_rss_bytes()
+    imported = Milestone.reach()
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     scene = Scene.model_validate(arguments["scene"])
     label, effort = str(arguments["label"]), Effort(**arguments["effort"])
@@ -85,7 +85,7 @@ def measure(arguments: JsonTable) -> JsonTable:
         return clock.wrap(session)
 
     with watch_memory(gpu) as peak, open_candidate(folder, manifest, settings, keep) as pipeline:
-        opened_ns, rss_loaded_bytes = time.monotonic_ns(), read_rss_bytes()
+        opened = Milestone.reach()
         painter = Painter(pipeline, manifest, scene, clock)
         first, drawn_ns, done_ns = _draw_scene(painter, label, arguments["output"])
         steady = _measure_steady(painter, effort, done_ns, None if gpu is None else gpu.uuid, label)
@@ -97,14 +97,8 @@ def measure(arguments: JsonTable) -> JsonTable:
         "device_memory": device_memory,
         "peak_device_bytes": peak.peak_bytes,
         "torch_peak_device_bytes": None if gpu is None else torch_peak_bytes(),
-        "import_ns": imported_ns - arguments["launched_ns"],
-        "load_ns": opened_ns - imported_ns,
-        "first_picture_ns": drawn_ns - opened_ns,
-        "cold_start_ns": drawn_ns - arguments["launched_ns"],
-        "rss_imported_bytes": rss_imported_bytes,
-        "rss_loaded_bytes": rss_loaded_bytes,
         "scheduler": first.scheduler,
-    }
+    } | describe_start(arguments["launched_ns"], imported, opened, drawn_ns)  # fmt: skip
 
 
 def _draw_scene(painter: Painter, label: str, output: str) -> tuple[Drawing, int, list[int]]:
@@ -196,11 +190,30 @@ def read_device_memory(sessions: Sequence[Session]) -> dict[str, dict[str, Any]]
     return {name: asdict(device) for name, device in held.items() if device is not None}
 
 
-def read_rss_bytes() -> int:
-    """Resident memory of this process now."""
-    import psutil
+@dataclass(frozen=True)
+class Milestone:
+    """When a step of the cold start was done (`time.monotonic_ns`), and the resident memory of this process then."""
 
-    return int(psutil.Process().memory_info().rss)
+    at_ns: int
+    rss_bytes: int
+
+    @classmethod
+    def reach(cls) -> Milestone:
+        import psutil
+
+        return cls(time.monotonic_ns(), int(psutil.Process().memory_info().rss))
+
+
+def describe_start(launched_ns: int, imported: Milestone, opened: Milestone, drawn_ns: int) -> JsonTable:
+    """The cold start as a `ProcessRecord` takes it."""
+    return {
+        "import_ns": imported.at_ns - launched_ns,
+        "load_ns": opened.at_ns - imported.at_ns,
+        "first_picture_ns": drawn_ns - opened.at_ns,
+        "cold_start_ns": drawn_ns - launched_ns,
+        "rss_imported_bytes": imported.rss_bytes,
+        "rss_loaded_bytes": opened.rss_bytes,
+    }
 
 
 def torch_peak_bytes() -> int:

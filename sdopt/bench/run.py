@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ from sdopt.bench.report import (
 )
 from sdopt.bench.roofline import find_roof
 from sdopt.bench.steady import Effort
+from sdopt.bench.suites import SuiteRun
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
@@ -76,6 +78,19 @@ class BenchRequest:
     layers: bool = False
 
 
+def apply_run(base: BenchRequest, suite: str, run: SuiteRun) -> BenchRequest:
+    """The request for one run of the suite of that name: `base` is what a suite does not say."""
+    method, case = run.method, run.case
+    effort = Effort(
+        least_pictures=method.least_pictures, most_pictures=method.most_pictures,
+        picture_budget_s=method.picture_budget_s,
+    )  # fmt: skip
+    return replace(
+        base, against=case.against, prompts=case.prompts, steps=run.steps, guidance_scale=case.guidance_scale,
+        scope=case.scope, repeats=method.repeats, time_limit_s=method.time_limit_s, suite=suite, effort=effort,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class BenchResult:
     """The report, what each candidate drew, by its name, and what torch fp32 drew where it could."""
@@ -106,6 +121,16 @@ class _Origins:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What was drawn, by candidate and by torch fp32, how it differs, and why there may be nothing to compare with."""
+
+    drawings: Mapping[str, Drawing]
+    reference: Drawing | None
+    figures: PictureFigures
+    notes: tuple[str, ...] = ()
+
+
 def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     """Measure every candidate. `work` is an existing folder for drawings.
 
@@ -128,7 +153,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         _run_row(request, scene, rows[name], position, len(order))
     roof = find_roof(request.folder, manifest, request.time_limit_s)
     origins = _measure_origins(request, manifest, rows, work)
-    drawings, reference, figures = _compare_pictures(request, manifest, scene, rows, work)
+    compared = _compare_pictures(request, manifest, scene, rows, work)
     scheduler = next((row.scheduler for row in rows.values() if row.scheduler), "")
     report = BenchReport(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,13 +161,13 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         environment=describe_machine(),
         machine=measure_machine(before),
         method=_describe_method(request, order),
-        candidates=tuple(_record_row(row, figures, origins) for row in rows.values()),
+        candidates=tuple(_record_row(row, compared.figures, origins) for row in rows.values()),
         roofline=roof.roofline,
-        plugins=dict(figures.plugins),
+        plugins=dict(compared.figures.plugins),
         audits={name: audits for name, row in rows.items() if (audits := describe_audits(row.candidate))},
-        notes=(*roof.notes, *origins.notes),
+        notes=(*roof.notes, *origins.notes, *compared.notes),
     )
-    return BenchResult(report, drawings, reference)
+    return BenchResult(report, compared.drawings, compared.reference)
 
 
 def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessRecord:
@@ -153,7 +178,7 @@ def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessReco
     manifest = read_manifest(request.folder)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
-    candidates = list_candidates(request.folder, manifest, request.against, request.peer_python)
+    candidates = list_candidates(request.folder, manifest, request.against, request.peer_python, request.trust_engines)
     found = next((candidate for candidate in candidates if candidate.name == name), None)
     if found is None:
         raise SdoptError(f"there is no candidate {name!r}; there are {', '.join(each.name for each in candidates)}")
@@ -250,35 +275,32 @@ def _measure_origins(request: BenchRequest, manifest: BundleManifest, rows: Mapp
 
 def _compare_pictures(
     request: BenchRequest, manifest: BundleManifest, scene: Scene, rows: Mapping[str, _Row], work: Path
-) -> tuple[dict[str, Drawing], Drawing | None, PictureFigures]:
-    """What each candidate drew, what torch fp32 drew, and how they differ. Nothing is drawn for the UNet alone."""
+) -> _Compared:
+    """Compare what each candidate drew with what torch fp32 draws. Nothing is drawn for the UNet alone."""
     if request.scope is Scope.UNET:
-        return {}, None, PictureFigures({}, {}, {})
+        return _Compared({}, None, PictureFigures({}, {}, {}))
     drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
-    reference, floor = _draw_references(request, manifest, scene, drawings, work)
-    return drawings, reference, compare_candidates(scene, reference, floor, drawings, request.perceptual)
-
-
-def _draw_references(
-    request: BenchRequest, manifest: BundleManifest, scene: Scene, drawings: Mapping[str, Drawing], work: Path
-) -> tuple[Drawing | None, Drawing | None]:
-    """What torch fp32 draws, and the noise floor. None where torch itself cannot draw: then nothing is
-    known.
-    """
-
-    device: Literal["cpu", "cuda"] = "cuda" if engines_use_gpu(manifest) else "cpu"
-
-    def draw(name: str, settings: TorchSettings, label: str) -> Drawing:
-        settings = settings.model_copy(update={"device": device})
-        path, limit_s = work / f"{name}.safetensors", request.time_limit_s
-        return draw_isolated(request.folder, manifest, settings, scene, path, label=label, timeout_s=limit_s)
-
     reference = drawings.get(Baseline.EAGER_FP32.value)
+    floor: Drawing | None = None
+    notes: tuple[str, ...] = ()
+    draw = partial(_draw_reference, request, manifest, scene)
     try:
-        reference = reference or draw("reference", REFERENCE, "torch fp32")
-        return reference, draw("noise-floor", NOISE_FLOOR, "torch fp32 again (noise floor)")
-    except SdoptError:
-        return reference, None
+        reference = reference or draw(REFERENCE, work / "reference.safetensors", "torch fp32")
+        floor = draw(NOISE_FLOOR, work / "noise-floor.safetensors", "torch fp32 again (noise floor)")
+    except SdoptError as error:
+        notes = (f"the pictures were not compared, because torch fp32 could not draw them: {error.message}",)
+    figures = compare_candidates(scene, reference, floor, drawings, request.perceptual)
+    return _Compared(drawings, reference, figures, notes)
+
+
+def _draw_reference(
+    request: BenchRequest, manifest: BundleManifest, scene: Scene, settings: TorchSettings, output: Path, label: str
+) -> Drawing:
+    """Draw with torch on the device of the engines. Raises what torch's backend raises."""
+    device: Literal["cpu", "cuda"] = "cuda" if engines_use_gpu(manifest) else "cpu"
+    settings = settings.model_copy(update={"device": device})
+    limit_s = request.time_limit_s
+    return draw_isolated(request.folder, manifest, settings, scene, output, label=label, timeout_s=limit_s)
 
 
 def _describe_method(request: BenchRequest, order: Sequence[str]) -> MethodRecord:

@@ -17,9 +17,10 @@ from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import Session
 from sdopt.bench.clock import Clock
 from sdopt.bench.measure import (
+    Milestone,
+    describe_start,
     find_own_gpu,
     read_device_memory,
-    read_rss_bytes,
     record_steady,
     torch_peak_bytes,
     watch_memory,
@@ -55,7 +56,7 @@ def measure_unet(arguments: JsonTable) -> JsonTable:
     are under `Stage.UNET_STEP`, energy is that of a step, and the first picture is the first step.
     """
     importlib.import_module("sdopt.pipeline.load")  # torch and diffusers, which are not the candidate's to load
-    imported_ns, rss_imported_bytes = time.monotonic_ns(), read_rss_bytes()
+    imported = Milestone.reach()
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     label, effort = str(arguments["label"]), Effort(**arguments["effort"])
     settings = parse_settings(arguments["settings"])
@@ -63,7 +64,7 @@ def measure_unet(arguments: JsonTable) -> JsonTable:
     progress.update(f"{label}: opening", 0.0)
     clock = Clock()
     with watch_memory(gpu) as peak, open_unet(Path(arguments["folder"]), manifest, settings) as session:
-        opened_ns, rss_loaded_bytes = time.monotonic_ns(), read_rss_bytes()
+        opened = Milestone.reach()
         step = _Step(clock, clock.wrap(session), Path(arguments["scene"]["inputs"]))
         step.run()
         drawn_ns = time.monotonic_ns()
@@ -81,13 +82,7 @@ def measure_unet(arguments: JsonTable) -> JsonTable:
         "device_memory": device_memory,
         "peak_device_bytes": peak.peak_bytes,
         "torch_peak_device_bytes": None if gpu is None else torch_peak_bytes(),
-        "import_ns": imported_ns - arguments["launched_ns"],
-        "load_ns": opened_ns - imported_ns,
-        "first_picture_ns": drawn_ns - opened_ns,
-        "cold_start_ns": drawn_ns - arguments["launched_ns"],
-        "rss_imported_bytes": rss_imported_bytes,
-        "rss_loaded_bytes": rss_loaded_bytes,
-    }
+    } | describe_start(arguments["launched_ns"], imported, opened, drawn_ns)  # fmt: skip
 
 
 class _Step:

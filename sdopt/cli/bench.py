@@ -21,7 +21,6 @@ from sdopt.errors import MissingDependency, UsageError
 if TYPE_CHECKING:
     from sdopt.bench.report import BenchReport
     from sdopt.bench.run import BenchRequest, BenchResult
-    from sdopt.bench.suites import SuiteRun
     from sdopt.bench.summary import CandidateSummary
 
 
@@ -86,7 +85,7 @@ def bench(
     its message.
     """
     from sdopt.bench.baselines import parse_against
-    from sdopt.bench.run import BenchRequest
+    from sdopt.bench.run import BenchRequest, apply_run
     from sdopt.bench.suites import expand, load_suite
     from sdopt.fidelity.perceptual.weights import parse_weights
 
@@ -103,7 +102,7 @@ def bench(
         requests = {"": replace(base, **chosen)}
     else:
         loaded = load_suite(suite)
-        requests = {run.name: replace(_request_run(base, loaded.name, run), **chosen) for run in expand(loaded)}
+        requests = {run.name: replace(apply_run(base, loaded.name, run), **chosen) for run in expand(loaded)}
     if report is not None:
         _prepare(report)
     results = _run_all(requests, report)
@@ -112,20 +111,6 @@ def bench(
     if any(_engines_failed(result.report) for result in results):
         # Told by the table and in the JSON; a second message would break the one JSON document.
         sys.exit(1)
-
-
-def _request_run(base: BenchRequest, suite: str, run: SuiteRun) -> BenchRequest:
-    from sdopt.bench.steady import Effort
-
-    method, case = run.method, run.case
-    effort = Effort(
-        least_pictures=method.least_pictures, most_pictures=method.most_pictures,
-        picture_budget_s=method.picture_budget_s,
-    )  # fmt: skip
-    return replace(
-        base, against=case.against, prompts=case.prompts, steps=run.steps, guidance_scale=case.guidance_scale,
-        scope=case.scope, repeats=method.repeats, time_limit_s=method.time_limit_s, suite=suite, effort=effort,
-    )  # fmt: skip
 
 
 def _run_all(requests: Mapping[str, BenchRequest], report: Path | None) -> list[BenchResult]:

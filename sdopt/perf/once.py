@@ -75,20 +75,10 @@ def measure(arguments: JsonTable) -> JsonTable:
 
 
 def _make_request(arguments: JsonTable) -> BenchRequest:
-    from sdopt.bench.run import BenchRequest
-    from sdopt.bench.steady import Effort
+    from sdopt.bench.run import BenchRequest, apply_run
 
-    job = _read_job(arguments)
-    case, method = job.case, job.method
-    effort = Effort(
-        least_pictures=method.least_pictures, most_pictures=method.most_pictures,
-        picture_budget_s=method.picture_budget_s,
-    )  # fmt: skip
-    return BenchRequest(
-        Path(arguments["folder"]), against=case.against, prompts=case.prompts, steps=job.steps, repeats=method.repeats,
-        time_limit_s=method.time_limit_s, command=str(arguments.get("command", "")), scope=case.scope,
-        guidance_scale=case.guidance_scale, suite=str(arguments.get("suite", "")), effort=effort,
-    )  # fmt: skip
+    base = BenchRequest(Path(arguments["folder"]), command=str(arguments.get("command", "")))
+    return apply_run(base, str(arguments.get("suite", "")), _read_job(arguments))
 
 
 def _read_job(arguments: JsonTable) -> SuiteRun:

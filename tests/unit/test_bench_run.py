@@ -244,6 +244,7 @@ def test_without_a_reference_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
     assert result.reference is None
     assert result.report.candidates[0].status is Status.OK
     assert result.report.candidates[0].fidelity == ()
+    assert any("no memory" in note for note in result.report.notes)
 
 
 def test_a_neighbour_is_noticed_and_the_benchs_own_work_is_not() -> None:
