@@ -6,6 +6,7 @@ range.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,10 +16,12 @@ from sdopt import progress
 from sdopt.bench.stats import Speed, judge_pair
 from sdopt.bench.suites import SuiteRun
 from sdopt.errors import SdoptError, UsageError
-from sdopt.perf.confirm import measure_pairs, opened_side
-from sdopt.perf.confirm_rules import CONFIRM_PROCESSES
+from sdopt.perf.confirm import MOST_PAIRS, measure_pairs, opened_side
 from sdopt.perf.record import Metric
 from sdopt.perf.worktree import checked_out, list_commits
+
+# Of measuring one commit, without its build: sixteen pairs of a small network, six of a full-size UNet on two cores.
+_COMMIT_BUDGET_S = 600
 
 
 class Judgement(StrEnum):
@@ -29,7 +32,10 @@ class Judgement(StrEnum):
 
 @dataclass(frozen=True)
 class Tried:
-    """What a commit was found to be; `change` is by how much slower than the good one, null where it is broken."""
+    """What a commit was found to be; `change` is by how much slower than the good one, null where it is broken.
+
+    `message` says why it is broken, or why its times are not to be believed.
+    """
 
     commit: str
     judgement: Judgement
@@ -93,14 +99,19 @@ def bisect(repository: Path, span: str, job: SuiteRun, candidate: str, metric: M
             progress.update(f"measuring {commit[:12]}", 0.0)
             try:
                 with checked_out(repository, commit) as other, opened_side(other, job) as side:
-                    pairs = measure_pairs(baseline, side, job, candidate, count=CONFIRM_PROCESSES)
+                    until_s = time.monotonic() + _COMMIT_BUDGET_S
+                    pairs = measure_pairs(baseline, side, job, candidate, count=MOST_PAIRS, deadline_s=until_s)
             except SdoptError as error:
                 return Tried(commit, Judgement.BROKEN, message=error.message)
-            answer = pairs.confirm(metric) if pairs is not None else None
+            if pairs is None:
+                message = f"two processes of each commit take longer than {_COMMIT_BUDGET_S / 60:.0f} minutes"
+                return Tried(commit, Judgement.BROKEN, message=message)
+            answer = pairs.confirm(metric)
             verdict = judge_pair(answer.baseline, answer.candidate) if answer is not None else None
             if verdict is None:
                 return Tried(commit, Judgement.BROKEN, message=f"{candidate} has no {metric}")
-            slower = verdict.speed is Speed.SLOWER
-            return Tried(commit, Judgement.BAD if slower else Judgement.GOOD, 1 / verdict.ratio.value - 1)
+            judgement = Judgement.BAD if verdict.speed is Speed.SLOWER else Judgement.GOOD
+            doubt = f"not to be trusted: {'; '.join(pairs.dirty)}" if pairs.dirty else ""
+            return Tried(commit, judgement, 1 / verdict.ratio.value - 1, doubt)
 
         return search(commits, judge)

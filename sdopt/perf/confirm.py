@@ -31,7 +31,7 @@ _LEAST_PAIRS = 2
 # As many as there is time for, never by what the first ones said. Six tell 3 % where processes differ by 0.7 %; those
 # of a small network differ more, and six left a planted 5 % in doubt where sixteen did not
 # (benchmarks/planted_slowdown.py).
-_MOST_PAIRS = 16
+MOST_PAIRS = 16
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class SameNight:
         found: dict[SeriesKey, Confirmation] = {}
         with opened_side(good, job) as baseline, opened_side(self.own, job) as candidate:
             for name, until_s in share_time(list(dict.fromkeys(key.candidate for key in keys)), deadline_s):
-                pairs = measure_pairs(baseline, candidate, job, name, count=_MOST_PAIRS, deadline_s=until_s)
+                pairs = measure_pairs(baseline, candidate, job, name, count=MOST_PAIRS, deadline_s=until_s)
                 for key in keys if pairs is not None else ():
                     answer = pairs.confirm(key.metric) if pairs is not None and key.candidate == name else None
                     if answer is not None:

@@ -1,9 +1,10 @@
-"""scripts/nightly on a scratch clone: two nights of the same code pass, and a planted slow-down alarms.
+"""scripts/nightly on a scratch clone: two nights of the same code pass, a planted slow-down alarms, and a bisection
+finds its commit.
 
 The slow-down is planted as a commit of the clone, so that the A/B of the same night has two trees to tell apart: each
 step of an engine's UNet sleeps for a share of its own time. That share is larger here than the 5 % that the gate is
 made for, because this test has to hold beside other tests on two cores; for the same reason the clone allows neighbours
-and slow builds. `benchmarks/planted_slowdown.py` plants 5 % on a quiet machine, with nothing else changed.
+and slow builds, and takes fewer pairs. `benchmarks/planted_slowdown.py` plants 5 % on a quiet machine, with nothing else changed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Nights:
             "sdopt/bench/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
             "sdopt/bench/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
             "sdopt/perf/limits.py": ('"build time", 0.25', '"build time", 1e9'),
+            "sdopt/perf/confirm.py": ("MOST_PAIRS = 16", "MOST_PAIRS = 4"),
         }
         commit_edit(self.clone, allowed, "neighbours are allowed")
         commit_edit(
@@ -51,6 +53,22 @@ class Nights:
             capture_output=True, timeout=1800, check=False, cwd=self.folder,
         )  # fmt: skip
 
+    def bisect(self, span: str, series: str) -> dict[str, Any]:
+        words = ["-m", "sdopt", "perf", "bisect", span, "--series", series, "--json"]
+        environment = {"SDOPT_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(self.clone)}
+        done = subprocess.run(
+            [sys.executable, *words, "--suite", str(self.folder / "small.toml")], env={**os.environ, **environment},
+            text=True, capture_output=True, timeout=1800, check=False, cwd=self.folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        table: dict[str, Any] = json.loads(done.stdout)
+        return table
+
+    def commit(self) -> str:
+        """The one that the clone stands at."""
+        words = ["git", "-C", str(self.clone), "rev-parse", "HEAD"]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
     def verdicts(self) -> list[str]:
         return [json.loads(line)["verdict"] for line in (self.folder / "history.jsonl").read_text().splitlines()]
 
@@ -66,11 +84,14 @@ def nights(tmp_path: Path) -> Nights:
     return Nights(tmp_path)
 
 
-def test_two_nights_pass_and_a_planted_slow_down_alarms(nights: Nights) -> None:
+def test_a_planted_slow_down_alarms_after_two_nights_that_pass_and_is_found(nights: Nights) -> None:
     for expected in (1, 2):
         done = nights.run()
         assert done.returncode == 0, done.stderr
         assert len(nights.verdicts()) == expected
+    good = nights.commit()
+    commit_edit(nights.clone, {"README.md": ("# sdopt\n", "# sdopt!\n")}, "says it louder")
+    harmless = nights.commit()
     plant_sleep(nights.clone, SHARE)
     done = nights.run()
     assert done.returncode == 3, done.stderr
@@ -82,3 +103,8 @@ def test_two_nights_pass_and_a_planted_slow_down_alarms(nights: Nights) -> None:
     assert {"unet_step", "end_to_end"} & measured, done.stderr
     assert "engines/unet_step" in sorted((nights.folder / "runs").glob("*/gate.html"))[-1].read_text()
     assert list((nights.folder / "cache" / "worktrees").iterdir()) == []
+    found = nights.bisect(f"{good}..HEAD", "tiny/engines/unet_step")
+    assert found["first_bad"] == nights.commit(), found
+    assert {tried["commit"]: tried["judgement"] for tried in found["tried"]} == {
+        nights.commit(): "bad", harmless: "good"
+    }  # fmt: skip

@@ -21,6 +21,7 @@ from sdopt.bench.conditions import (
 )
 from sdopt.bench.environment import CpuUse, measure_conditions
 from sdopt.bench.report import BenchReport, Conditions
+from tests.nvml_double import FakeNvml
 from tests.planted_reports import make_report
 
 
@@ -123,39 +124,6 @@ def test_without_cpufreq_the_clock_is_that_of_cpuinfo(tmp_path: Path) -> None:
     assert CpuSource(tmp_path, cpuinfo).read_mhz() == 2600
     nothing = CpuSource(tmp_path, tmp_path / "absent")
     assert (nothing.read_mhz(), nothing.count_throttles()) == (None, None)
-
-
-class FakeNvml:
-    """`pynvml` on a GPU whose clock and brakes a test sets."""
-
-    NVML_CLOCK_SM = 1
-    nvmlClocksEventReasonSwPowerCap = 0x4  # noqa: N815
-    nvmlClocksEventReasonSwThermalSlowdown = 0x20  # noqa: N815
-    nvmlClocksEventReasonHwThermalSlowdown = 0x40  # noqa: N815
-    nvmlClocksEventReasonHwPowerBrakeSlowdown = 0x80  # noqa: N815
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, mhz: float = 1980, reasons: int = 0) -> None:
-        self.mhz, self.reasons = mhz, reasons
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        pass
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        pass
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        if uuid != "GPU-abc":
-            raise self.NVMLError
-        return uuid
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
-        return self.reasons
-
-    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> float:  # noqa: N802
-        return self.mhz
 
 
 def test_heat_of_a_gpu_counts_and_its_usual_limit_of_power_does_not() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.bench.energy import NvmlMeter, RaplMeter, open_meter
+from tests.nvml_double import FakeNvml
 
 
 def set_zone(folder: Path, zone: str, name: str, energy_uj: int, range_uj: int = 1_000_000_000) -> None:
@@ -51,37 +52,13 @@ def test_what_cannot_be_read_is_null(tmp_path: Path) -> None:
     assert meter.read_j() is None
 
 
-class FakeNvml:
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, *, fails: bool = False) -> None:
-        self.used_mj, self._fails = 7_000_000, fails
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        pass
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        pass
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        if uuid != "GPU-abc":
-            raise self.NVMLError
-        return uuid
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
-        if self._fails:
-            raise self.NVMLError
-        return self.used_mj
-
-
 def test_a_gpu_counts_in_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml()
+    nvml = FakeNvml(used_mj=7_000_000)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
     with open_meter("abc") as meter:
         assert meter is not None
         meter.start()
-        nvml.used_mj += 2500
+        nvml.used_mj = 7_002_500
         assert (meter.read_j(), meter.name) == (2.5, "nvml")
     with open_meter("other") as meter:
         assert meter is None
@@ -91,6 +68,6 @@ def test_a_gpu_counts_in_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_that_does_not_count_is_null() -> None:
-    meter = NvmlMeter(FakeNvml(fails=True), "GPU-abc")
+    meter = NvmlMeter(FakeNvml(used_mj=None), "GPU-abc")
     meter.start()
     assert meter.read_j() is None
