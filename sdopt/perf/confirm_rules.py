@@ -16,8 +16,8 @@ LEVEL = 0.02
 LEAN = 0.05
 """Of the p-value by itself: as much has an A/B to say where it leaves the decision to a second night."""
 CONFIRM_PROCESSES = 6
-"""Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt, and with them a
-night of full-size networks has time for it.
+"""Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt. The simulation
+takes no more, though an A/B of a small network does.
 """
 
 

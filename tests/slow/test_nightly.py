@@ -4,7 +4,8 @@ finds its commit.
 The slow-down is planted as a commit of the clone, so that the A/B of the same night has two trees to tell apart: each
 step of an engine's UNet sleeps for a share of its own time. That share is larger here than the 5 % that the gate is
 made for, because this test has to hold beside other tests on two cores; for the same reason the clone allows neighbours
-and slow builds, and takes fewer pairs. `benchmarks/planted_slowdown.py` plants 5 % on a quiet machine, with nothing else changed.
+and slow builds, and takes fewer pairs. `benchmarks/planted_slowdown.py` plants 5 % on a quiet machine, with nothing
+else changed.
 """
 
 from __future__ import annotations
