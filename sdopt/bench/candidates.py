@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
+from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, read_config, read_manifest
 from sdopt.bench.baselines import (
     Baseline,
     find_missing,
@@ -55,6 +55,14 @@ class Candidate:
         if self.kind is CandidateKind.PEER:
             return {}
         return {name: self.settings or record.backend for name, record in self.manifest.components.items()}
+
+    def precision_by_component(self) -> dict[ComponentName, Precision]:
+        """What the products of each component compute in; empty for a peer."""
+        if self.kind is CandidateKind.PEER:
+            return {}
+        if isinstance(self.settings, TorchSettings):
+            return dict.fromkeys(self.manifest.components, self.settings.precision)
+        return {name: _find_precision(record) for name, record in self.manifest.components.items()}
 
 
 def list_candidates(
@@ -169,6 +177,14 @@ def _make_unique(name: str, taken: dict[str, Candidate]) -> str:
         count += 1
         unique = f"{name}-{count}"
     return unique
+
+
+def _find_precision(record: ComponentRecord) -> Precision:
+    """Weights alone in 8 or 4 bits are widened before the product: it is in 16 or 32 bits."""
+    tried = record.quantization if record.is_quantized else None
+    if tried is None or not tried.settings.scheme.quantizes_activations:
+        return record.precision
+    return Precision(tried.settings.scheme)
 
 
 def label_engines(manifest: BundleManifest) -> str:

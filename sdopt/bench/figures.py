@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from sdopt.bench.report import (
     BenchReport,
-    CandidateKind,
     CandidateRecord,
     LayerRecord,
     PictureRecord,
@@ -21,7 +20,7 @@ from sdopt.bench.stats import StepFit, fit_steps
 from sdopt.bench.summary import CandidateSummary
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
+from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings
 
 WORST_LAYERS = 10
 _COMPONENT_STAGES = {
@@ -88,28 +87,13 @@ def measure_roofline_use(report: BenchReport, rows: Sequence[CandidateSummary]) 
             if row.whole is None or stage not in row.stages or (shared and component.is_text_encoder):
                 continue
             median_ns = row.stages[stage].median_ns
-            precision = _find_precision(report, row.record, component)
+            precision = row.record.precisions.get(component, row.record.precision)
             if (rate := _find_rate(report, row.record, precision)) is None:
                 continue
             reached = flops / (median_ns / 1e9)
             share = reached / rate.flops_per_s
             uses.append(RooflineUse(row.record, component, flops, median_ns, reached, share, precision, rate.precision))
     return uses
-
-
-def _find_precision(report: BenchReport, record: CandidateRecord, component: ComponentName) -> Precision:
-    """What a network computes in: of a bundle with quantised blocks, the networks without any are in 16 or 32 bits."""
-    if record.precision.is_quantized:
-        tried = report.case.quantization.get(component)
-        if record.kind is not CandidateKind.ENGINES or (tried is not None and tried.quantized_layers):
-            return record.precision
-    match record.settings.get(component):
-        case OpenVINOSettings() as settings:
-            return settings.inference_precision
-        case TorchSettings() as settings:
-            return settings.precision
-        case _:
-            return record.precision
 
 
 def _find_rate(report: BenchReport, record: CandidateRecord, precision: Precision) -> RooflineRecord | None:

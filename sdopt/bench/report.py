@@ -259,6 +259,8 @@ class CandidateRecord(_Record):
     precision: Precision
     """The coarsest that it computes in."""
     settings: dict[ComponentName, BackendSettings]
+    precisions: dict[ComponentName, Precision] = Field(default_factory=dict)
+    """What the products of each component compute in, where that is known."""
     status: Status
     message: str = ""
     processes: tuple[ProcessRecord, ...] = ()

@@ -314,7 +314,8 @@ def _record_row(row: _Row, figures: PictureFigures, origins: _Origins) -> Candid
     candidate = row.candidate
     return CandidateRecord(
         name=candidate.name, label=candidate.label, precision=candidate.precision,
-        settings=candidate.settings_by_component(), status=row.status, message=row.message,
+        settings=candidate.settings_by_component(), precisions=candidate.precision_by_component(),
+        status=row.status, message=row.message,
         processes=tuple(row.processes), fidelity=figures.pictures.get(candidate.name, ()), kind=candidate.kind,
         digest="" if candidate.kind is CandidateKind.PEER else hash_file(candidate.folder / MANIFEST_NAME),
         size_bytes=find_size(candidate), build_ns=find_build_time(candidate), fid=figures.fid.get(candidate.name),

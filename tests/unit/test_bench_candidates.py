@@ -87,6 +87,23 @@ def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
     assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32 with int8"
 
 
+def test_weights_alone_in_8_bits_leave_the_product_as_it_is() -> None:
+    manifest = make_manifest(
+        text_encoder=make_component(OpenVINOSettings(), Precision.BF16),
+        unet=make_component(OpenVINOSettings(), Precision.BF16),
+        vae_decoder=make_component(OpenVINOSettings(), Precision.FP32),
+    )
+    for name, scheme in ((ComponentName.TEXT_ENCODER, Scheme.INT8_WEIGHTS), (ComponentName.UNET, Scheme.INT8)):
+        record = manifest.components[name]
+        record.quantization, record.is_quantized = SimpleNamespace(settings=SimpleNamespace(scheme=scheme)), True
+    engines, eager = list_candidates(FOLDER, manifest, ("eager-bf16",))
+    assert engines.precision_by_component() == {
+        ComponentName.TEXT_ENCODER: Precision.BF16, ComponentName.UNET: Precision.INT8,
+        ComponentName.VAE_DECODER: Precision.FP32,
+    }  # fmt: skip
+    assert set(eager.precision_by_component().values()) == {Precision.BF16}
+
+
 def test_the_usual_baselines_of_a_cpu() -> None:
     found = list_candidates(FOLDER, make_manifest(), None)
     assert [c.name for c in found] == [ENGINES, "eager-fp32", "eager-bf16", "compile"]

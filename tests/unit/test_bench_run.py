@@ -140,6 +140,7 @@ def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, t
     assert report.case.prompts == PROMPTS
     assert report.case.scheduler == "PLMS"
     assert [p.position for p in report.candidates[0].processes] == [0, 5]
+    assert report.candidates[0].precisions == {ComponentName.UNET: Precision.BF16}
     assert report.candidates[0].samples_of(Stage.END_TO_END) == ((100 * MS, 110 * MS),) * 2
     assert report.candidates[0].fidelity[0].psnr_db == pytest.approx(34, abs=0.5)
     assert report.candidates[1].fidelity[0].psnr_db is None

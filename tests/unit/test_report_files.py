@@ -17,7 +17,6 @@ from sdopt.bench.stats import Speed
 from sdopt.bench.summary import summarize_candidates
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OpenVINOSettings
 from tests.planted_reports import MS, make_full_report, make_process, make_report, make_result, make_unet_report
 
 
@@ -109,8 +108,8 @@ def test_a_report_of_the_unet_is_judged_by_its_steps() -> None:
 def test_each_network_is_held_against_the_rate_of_what_it_computes_in() -> None:
     """The UNet has quantised blocks and its decoder has none; a text encoder's time is known where there is one."""
     report = make_full_report()
-    settings = {name: OpenVINOSettings(inference_precision=Precision.BF16) for name in ComponentName}
-    engines = report.candidates[0].model_copy(update={"precision": Precision.INT8, "settings": settings})
+    precisions = {name: Precision.BF16 for name in ComponentName} | {ComponentName.UNET: Precision.INT8}
+    engines = report.candidates[0].model_copy(update={"precision": Precision.INT8, "precisions": precisions})
     int8 = report.roofline[0].model_copy(update={"precision": Precision.INT8, "flops_per_s": 2e13})
     flops = {**report.case.flops, ComponentName.TEXT_ENCODER: 10_000_000}
     report = report.model_copy(
