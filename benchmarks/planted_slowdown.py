@@ -72,7 +72,9 @@ def run_night(clone: Path, history: Path, suite: str) -> dict[str, Any]:
     done = subprocess.run([str(clone / "scripts" / "nightly")], env=environment, check=False)
     newest = max((history.parent / "runs").glob("*/gate.json"), default=None)
     gate = json.loads(newest.read_bytes()) if newest else {}
-    return {"exit_code": done.returncode} | {name: gate.get(name, []) for name in ("findings", "suspects", "notes")}
+    wall_s = json.loads((newest.parent / "run.json").read_bytes())["wall_ns"] / 1e9 if newest else None
+    said = {name: gate.get(name, []) for name in ("findings", "suspects", "notes")}
+    return {"exit_code": done.returncode, "measuring_s": wall_s} | said
 
 
 @click.command()
