@@ -139,6 +139,8 @@ class SameNight:
         with opened_side(good, job) as baseline, opened_side(self.own, job) as candidate:
             for name, until_s in share_time(list(dict.fromkeys(key.candidate for key in keys)), deadline_s):
                 pairs = measure_pairs(baseline, candidate, job, name, count=MOST_PAIRS, deadline_s=until_s)
+                if pairs is not None and pairs.dirty and not self.obstacle:
+                    self.obstacle = f"the A/B of {job.name}/{name} does not count: {'; '.join(pairs.dirty)}"
                 for key in keys if pairs is not None else ():
                     answer = pairs.confirm(key.metric) if pairs is not None and key.candidate == name else None
                     if answer is not None:

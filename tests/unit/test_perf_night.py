@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -220,6 +221,23 @@ def test_a_deadline_ends_the_pairs_or_forbids_them(monkeypatch: pytest.MonkeyPat
     assert run(1000.0) == 6
     assert run(35.0) == 3
     assert run(15.0) == 0, "one pair says nothing"
+
+
+def test_an_a_b_beside_a_neighbour_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate counts it as none, and the page has to say why it waits for the next night."""
+    key = make_key(Metric.UNET_STEP, case=expand(SUITE)[0].name)
+    tree = Tree(Path("/nowhere"), "1" * 40)
+    side = plant_side("A", 100, [])
+    monkeypatch.setattr(confirm, "checked_out", lambda root, commit: contextlib.nullcontext(tree))
+    monkeypatch.setattr(confirm, "opened_side", lambda tree, job: contextlib.nullcontext(side))
+    for dirty, said in (("other programs kept 1.0 cores busy", "other programs kept 1.0 cores"), ("", "")):
+        problems = [dirty] if dirty else []
+        monkeypatch.setattr(confirm, "list_condition_problems", lambda conditions, problems=problems: tuple(problems))
+        asked = confirm.SameNight(SUITE, tree, "0" * 40, budget_s=60)
+        answers = asked([key])
+        assert answers is not None
+        assert answers[key].dirty == tuple(problems)
+        assert (said in asked.obstacle) if said else asked.obstacle == ""
 
 
 class Nights:
