@@ -27,7 +27,7 @@ from scipy.stats import beta, chi2
 
 from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench.report import Conditions
-from sdopt.perf.confirm_rules import CONFIRM_PROCESSES, Confirm, Confirmation
+from sdopt.perf.confirm_rules import Confirm, Confirmation
 from sdopt.perf.findings import GateReport, Rule
 from sdopt.perf.gate import judge_night
 from sdopt.perf.nights import find_last_good
@@ -38,6 +38,8 @@ HISTORY_NIGHTS = 14
 CLEAN_NIGHTS = 20
 MONTH_NIGHTS = 30
 _PROCESSES = 2
+# An A/B of six pairs: the real one takes as many as there is time for, at most `confirm.MOST_PAIRS`.
+_PAIRS = 6
 _SAMPLES = 10
 _START = datetime(2026, 1, 1, 3, tzinfo=UTC)
 _KEPT = {True: "yes", False: "no", None: ""}
@@ -111,7 +113,7 @@ class Machine:
             self.asked += len(suspects)
             indices = [self.keys.index(key) for key in suspects]
             sides = [
-                self._draw(self._base_ns[indices] * self.factors[commit][indices], CONFIRM_PROCESSES)
+                self._draw(self._base_ns[indices] * self.factors[commit][indices], _PAIRS)
                 for commit in (good.commit, record.commit)
             ]
             return {key: Confirmation(a.tolist(), b.tolist()) for key, a, b in zip(suspects, *sides, strict=True)}
@@ -338,7 +340,7 @@ def render_tables(results: Mapping[str, Sequence[Any]], settings: Mapping[str, A
     lines = [
         "# Simulation of the gate", "",
         f"By `{settings['command']}`, with fixed seeds.", "",
-        f"{SERIES} series; each night {_PROCESSES} processes of {_SAMPLES} samples, an A/B {CONFIRM_PROCESSES} a side.",
+        f"{SERIES} series; each night {_PROCESSES} processes of {_SAMPLES} samples, an A/B {_PAIRS} a side.",
         _describe_noise("The noise", settings["noise"]),
         _describe_noise("For comparison, `benchmarks/tiny-shapes/report.json` has", settings["measured_noise"]), "",
         "## Clean nights", "",

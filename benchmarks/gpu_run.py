@@ -2,13 +2,16 @@
 
     scripts/gpu
     scripts/gpu --minutes 20 --case sd15
+    scripts/gpu --candidate onnxruntime --candidate tensorrt-rtx   # adds to the report of an earlier run
     scripts/gpu --dry                # the same steps on the CPU with the checkpoint that ships with the package
 
+Where nothing can be downloaded, `python -m benchmarks.gpu_run` does the same in the Python that is there.
+
 Networks of the full size with random weights: SD1.5 (512x512, 50 steps) and SDXL (1024x1024, 30 steps). Candidates:
-torch eager in fp16, torch.compile (max-autotune, channels last), ONNX Runtime CUDA, TensorRT-RTX, TensorRT; each in a
-fresh process, by sdopt's own build and bench. `report.json` is written after each, so that what was measured is kept
-whatever comes next; what was left out is there with the reason. Each one's picture is compared with that of torch in
-fp32. Exits with 5 where there is no GPU.
+torch eager in fp16, ONNX Runtime CUDA, TensorRT-RTX, TensorRT, torch.compile (max-autotune, channels last; it compiles
+for minutes and comes last); each in a fresh process, by sdopt's own build and bench. `report.json` is written after
+each, so that what was measured is kept whatever comes next; what was left out is there with the reason. Each one's
+picture is compared with that of torch in fp32. Exits with 5 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ import click
 from benchmarks.roofline import find_peak_flops
 from sdopt.artifacts.files import write_file
 from sdopt.artifacts.machine import describe_machine
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
+from sdopt.artifacts.plan_header import RTX_GENERATIONS
 from sdopt.backends.open import probe_backend
 from sdopt.bench.report import Stage
 from sdopt.bench.roofline import count_flops
@@ -55,11 +59,10 @@ _STAGES = (Stage.TEXT_ENCODER, Stage.UNET_STEP, Stage.VAE_DECODER, Stage.OVERHEA
 
 @dataclass(frozen=True)
 class Case:
-    """What is drawn. `share` is how far into the time it may go."""
+    """What is drawn."""
 
     name: str
     steps: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,24 @@ class Row:
     ssim: float | None = None
 
 
-CASES = {"sd15": Case("sd15", 50, 0.5), "sdxl": Case("sdxl", 30, 1.0)}
-DRY_CASES = {"tiny-shapes": Case("tiny-shapes", 4, 1.0)}
+CASES = {"sd15": Case("sd15", 50), "sdxl": Case("sdxl", 30)}
+DRY_CASE = Case("tiny-shapes", 4)
 
 
-def list_candidates(generation: str) -> tuple[Candidate, ...]:
+def list_candidates(generation: str) -> dict[str, Candidate]:
+    """By the name that `--candidate` takes, in the order of measuring.
+
+    TensorRT-RTX has no plans of their own for some generations, sm90 among them: those get the portable one.
+    """
     fp16 = TorchSettings(device="cuda", precision=Precision.FP16)
-    return (
-        Candidate("torch eager fp16", fp16),
-        Candidate("torch.compile fp16", fp16.model_copy(update={"compile": True})),
-        Candidate("ONNX Runtime CUDA fp16", OnnxRuntimeSettings(device="cuda")),
-        Candidate("TensorRT-RTX fp16", TensorRTSettings(kind="tensorrt-rtx"), f"rtx:{generation}"),
-        Candidate("TensorRT fp16", TensorRTSettings(kind="tensorrt"), "tensorrt"),
-    )
+    rtx = f"rtx:{generation}" if generation in RTX_GENERATIONS else "rtx"
+    return {
+        "eager": Candidate("torch eager fp16", fp16),
+        "onnxruntime": Candidate("ONNX Runtime CUDA fp16", OnnxRuntimeSettings(device="cuda")),
+        "tensorrt-rtx": Candidate("TensorRT-RTX fp16", TensorRTSettings(kind="tensorrt-rtx"), rtx),
+        "tensorrt": Candidate("TensorRT fp16", TensorRTSettings(kind="tensorrt"), "tensorrt"),
+        "compile": Candidate("torch.compile fp16", fp16.model_copy(update={"compile": True})),
+    }
 
 
 DRY_CANDIDATES = (
@@ -121,9 +129,6 @@ class Deadline:
     @property
     def left_s(self) -> float:
         return self._end - time.monotonic()
-
-    def part(self, share: float) -> Deadline:
-        return Deadline(self.left_s * share)
 
     def take(self, share: float = _LARGEST_SHARE) -> float:
         """Seconds for the next piece of work. Raises `SdoptError` where too few are left."""
@@ -146,7 +151,10 @@ class Run:
         return self.folder / "graphs"
 
     def prepare(self) -> None:
-        """The checkpoint, and a bundle with graphs and weights alone: torch and ONNX Runtime need no more."""
+        """The checkpoint, and a bundle with graphs and weights alone: torch and ONNX Runtime need no more.
+
+        What an earlier run prepared is used again.
+        """
         source = _TINY
         if self.gpu is not None:
             source = self.folder / "checkpoint"
@@ -155,7 +163,8 @@ class Run:
                 self._call([sys.executable, str(script), self.case.name, str(source)], share=1.0)
         self._source = source
         precision = "fp32" if self.gpu is None else "fp16"
-        self._convert(self.base, "--target", "onnxruntime", "--precision", precision)
+        if not (self.base / MANIFEST_NAME).is_file():
+            self._convert(self.base, "--target", "onnxruntime", "--precision", precision)
         manifest = read_manifest(self.base)
         verify = manifest.recipe.verify
         self.scene = Scene(
@@ -205,11 +214,14 @@ class Run:
 
     def _draw_reference(self) -> Any:
         """torch in fp32 on the same device, drawn once."""
+        drawn = self.folder / "reference.safetensors"
+        if self._reference is None and drawn.is_file():
+            self._reference = read_drawing(drawn)
         if self._reference is None:
             settings = TorchSettings(device="cpu" if self.gpu is None else "cuda")
             self._reference = draw_isolated(
-                self.base, read_manifest(self.base), settings, self.scene, self.folder / "reference.safetensors",
-                label="torch fp32", timeout_s=self.deadline.take(),
+                self.base, read_manifest(self.base), settings, self.scene, drawn, label="torch fp32",
+                timeout_s=self.deadline.take(),
             )  # fmt: skip
         return self._reference
 
@@ -228,16 +240,6 @@ class Run:
             raise SdoptError(str(error.stderr).strip()[-1000:]) from error
 
 
-def run_case(run: Run, candidates: tuple[Candidate, ...]) -> Iterator[Row]:
-    """A row for each candidate, as it is done."""
-    try:
-        run.prepare()
-    except SdoptError as error:
-        yield from (Row(candidate.name, f"not prepared: {error.message}") for candidate in candidates)
-        return
-    yield from (run.measure(candidate) for candidate in candidates)
-
-
 def format_row(row: Row) -> str:
     if row.message:
         return f"{row.candidate:24} {row.message.splitlines()[0][:200]}"
@@ -253,38 +255,61 @@ def format_row(row: Row) -> str:
 
 
 HEADER = (
-    f"{'':24}{'text ms':>9}{'step ms':>9}{'roofline':>9}{'VAE ms':>9}{'img/s':>9}{'VRAM GB':>9}  PSNR to torch fp32"
+    f"{'':30}{'text ms':>9}{'step ms':>9}{'roofline':>9}{'VAE ms':>9}{'img/s':>9}{'VRAM GB':>9}  PSNR to torch fp32"
 )
+
+
+def prepare_all(runs: list[Run]) -> dict[str, str]:
+    """Prepare the cases beside each other; the reason for each that could not be prepared, by its name."""
+
+    def prepare(run: Run) -> str:
+        try:
+            run.prepare()
+        except SdoptError as error:
+            return f"not prepared: {error.message}"
+        return ""
+
+    with ThreadPoolExecutor(len(runs)) as threads:
+        return dict(zip((run.case.name for run in runs), threads.map(prepare, runs), strict=True))
 
 
 def run_all(
     cases: list[Case], candidates: tuple[Candidate, ...], work: Path, deadline: Deadline, gpu: str | None
 ) -> dict[str, Any]:
-    """Everything that fits into the time; `report.json` in `work` is renewed after each row."""
-    table: dict[str, Any] = {"environment": describe_machine().model_dump(mode="json"), "cases": {}}
-    for number, case in enumerate(cases):
-        share = 1.0 if number == len(cases) - 1 else case.share
-        run = Run(case, work, deadline.part(share), gpu)
-        print(f"\n{case.name}, {case.steps} steps\n{HEADER}", flush=True)
-        rows: list[dict[str, Any]] = []
-        for row in run_case(run, candidates):
-            print(format_row(row), flush=True)
-            rows.append(asdict(row))
-            flops = getattr(run, "flops", None)
-            table["cases"][case.name] = {"steps": case.steps, "unet_step_flops": flops, "candidates": rows}
-            write_file(work / "report.json", (json.dumps(table, indent=1) + "\n").encode())
+    """Everything that fits into the time, each candidate in all cases before the next.
+
+    `report.json` in `work` is renewed after each row. Rows of an earlier run stay in it until they are measured again.
+    """
+    path = work / "report.json"
+    table: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {"cases": {}}
+    table["environment"] = describe_machine().model_dump(mode="json")
+    runs = [Run(case, work, deadline, gpu) for case in cases]
+    reasons = prepare_all(runs)
+    print(HEADER, flush=True)
+    for candidate in candidates:
+        for run in runs:
+            reason = reasons[run.case.name]
+            row = Row(candidate.name, reason) if reason else run.measure(candidate)
+            print(f"{run.case.name:6}{format_row(row)}", flush=True)
+            case = table["cases"].setdefault(run.case.name, {"candidates": []})
+            case |= {"steps": run.case.steps, "unet_step_flops": getattr(run, "flops", None)}
+            kept = [other for other in case["candidates"] if other["candidate"] != row.candidate]
+            case["candidates"] = [*kept, asdict(row)]
+            write_file(path, (json.dumps(table, indent=1) + "\n").encode())
     return table
 
 
 @click.command()
 @click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(0.1), help="When to stop.")
 @click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="[default: all]")
+@click.option("--candidate", "chosen", multiple=True, type=click.Choice(list(list_candidates(""))),
+              help="[default: all]")  # fmt: skip
 @click.option("-o", "work", type=click.Path(path_type=Path), default=Path("out/gpu"), show_default=True)
 @click.option("--dry", is_flag=True, help="On the CPU, with tiny-shapes: to test this script.")
-def main(minutes: float, names: tuple[str, ...], work: Path, dry: bool) -> None:
+def main(minutes: float, names: tuple[str, ...], chosen: tuple[str, ...], work: Path, dry: bool) -> None:
     deadline = Deadline(minutes * 60)
     if dry:
-        run_all(list(DRY_CASES.values()), DRY_CANDIDATES, work, deadline, None)
+        run_all([DRY_CASE], DRY_CANDIDATES, work, deadline, None)
         return
     from sdopt.backends.gpu import describe_missing_gpu, find_gpu
 
@@ -293,7 +318,9 @@ def main(minutes: float, names: tuple[str, ...], work: Path, dry: bool) -> None:
         print(": ".join(describe_missing_gpu()), file=sys.stderr)
         sys.exit(5)
     print(f"{gpu.name} ({gpu.generation}), driver {gpu.driver or 'unknown'}")
-    run_all([CASES[name] for name in names or CASES], list_candidates(gpu.generation), work, deadline, gpu.name)
+    candidates = list_candidates(gpu.generation)
+    taken = tuple(candidate for name, candidate in candidates.items() if not chosen or name in chosen)
+    run_all([CASES[name] for name in names or CASES], taken, work, deadline, gpu.name)
     print(f"\n{work / 'report.json'}")
 
 

@@ -22,6 +22,7 @@ from sdopt.fidelity.scene import starts_from_image
 from sdopt.fidelity.verdict import least_precision
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.precision import DType, Precision
+from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.pipeline.preflight import require_sound, require_trusted
 
@@ -180,11 +181,16 @@ def _make_unique(name: str, taken: dict[str, Candidate]) -> str:
 
 
 def _find_precision(record: ComponentRecord) -> Precision:
-    """Weights alone in 8 or 4 bits are widened before the product: it is in 16 or 32 bits."""
+    """In 8 bits where the runtime's execution graph shows most quantised layers so, and by their scheme where it shows
+    none: weights alone are widened before some products, and of others the runtime rounds the inputs by itself.
+    """
     tried = record.quantization if record.is_quantized else None
-    if tried is None or not tried.settings.scheme.quantizes_activations:
+    if tried is None:
         return record.precision
-    return Precision(tried.settings.scheme)
+    scheme, shown = tried.settings.scheme, tried.integer_layers
+    if not (scheme.quantizes_activations if shown is None else 2 * shown > tried.quantized_layers):
+        return record.precision
+    return Precision.FP8 if scheme is Scheme.FP8 else Precision.INT8
 
 
 def label_engines(manifest: BundleManifest) -> str:

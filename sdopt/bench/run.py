@@ -288,7 +288,8 @@ def _compare_pictures(
         reference = reference or draw(REFERENCE, work / "reference.safetensors", "torch fp32")
         floor = draw(NOISE_FLOOR, work / "noise-floor.safetensors", "torch fp32 again (noise floor)")
     except SdoptError as error:
-        notes = (f"the pictures were not compared, because torch fp32 could not draw them: {error.message}",)
+        missing = "the pictures were not compared" if reference is None else "the noise floor is not known"
+        notes = (f"{missing}, because torch fp32 could not draw: {error.message}",)
     figures = compare_candidates(scene, reference, floor, drawings, request.perceptual)
     return _Compared(drawings, reference, figures, notes)
 

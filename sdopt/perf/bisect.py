@@ -20,7 +20,7 @@ from sdopt.perf.confirm import MOST_PAIRS, measure_pairs, opened_side
 from sdopt.perf.record import Metric
 from sdopt.perf.worktree import checked_out, list_commits
 
-# Of measuring one commit, without its build: sixteen pairs of a small network, six of a full-size UNet on two cores.
+# Of measuring one commit, without its build: slow networks get fewer pairs, not longer nights.
 _COMMIT_BUDGET_S = 600
 
 

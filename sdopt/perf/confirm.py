@@ -29,8 +29,7 @@ from sdopt.perf.worktree import Tree, checked_out
 # Fewer pairs of processes say nothing: the rules want two groups a side.
 _LEAST_PAIRS = 2
 # As many as there is time for, never by what the first ones said. Six tell 3 % where processes differ by 0.7 %; those
-# of a small network differ more, and six left a planted 5 % in doubt where sixteen did not
-# (benchmarks/planted_slowdown.py).
+# of a small network differ more.
 MOST_PAIRS = 16
 
 

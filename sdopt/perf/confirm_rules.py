@@ -15,10 +15,6 @@ LEVEL = 0.02
 """Of the q-values: what `judge_pair` finds at 5 % would wake somebody for nothing once a month on a noisy machine."""
 LEAN = 0.05
 """Of the p-value by itself: as much has an A/B to say where it leaves the decision to a second night."""
-CONFIRM_PROCESSES = 6
-"""Processes of each side that an A/B should have: with fewer, a 3 % slow-down is often not beyond doubt. The simulation
-takes no more, though an A/B of a small network does.
-"""
 
 
 @dataclass(frozen=True)

@@ -87,20 +87,27 @@ def test_the_label_names_every_runtime_that_of_the_unet_first() -> None:
     assert label_engines(manifest) == "OpenVINO bf16 + ONNX Runtime fp32 with int8"
 
 
-def test_weights_alone_in_8_bits_leave_the_product_as_it_is() -> None:
+def test_products_are_in_8_bits_where_the_runtime_shows_it_or_else_the_scheme_says_it() -> None:
     manifest = make_manifest(
         text_encoder=make_component(OpenVINOSettings(), Precision.BF16),
         unet=make_component(OpenVINOSettings(), Precision.BF16),
         vae_decoder=make_component(OpenVINOSettings(), Precision.FP32),
     )
-    for name, scheme in ((ComponentName.TEXT_ENCODER, Scheme.INT8_WEIGHTS), (ComponentName.UNET, Scheme.INT8)):
-        record = manifest.components[name]
-        record.quantization, record.is_quantized = SimpleNamespace(settings=SimpleNamespace(scheme=scheme)), True
+    for name, scheme, shown in (
+        (ComponentName.TEXT_ENCODER, Scheme.INT8_WEIGHTS, 72), (ComponentName.UNET, Scheme.INT8, None),
+        (ComponentName.VAE_DECODER, Scheme.INT8_WEIGHTS, 4),
+    ):  # fmt: skip
+        record, settings = manifest.components[name], SimpleNamespace(scheme=scheme)
+        record.quantization = SimpleNamespace(settings=settings, integer_layers=shown, quantized_layers=73)
+        record.is_quantized = True
     engines, eager = list_candidates(FOLDER, manifest, ("eager-bf16",))
     assert engines.precision_by_component() == {
-        ComponentName.TEXT_ENCODER: Precision.BF16, ComponentName.UNET: Precision.INT8,
+        ComponentName.TEXT_ENCODER: Precision.INT8, ComponentName.UNET: Precision.INT8,
         ComponentName.VAE_DECODER: Precision.FP32,
     }  # fmt: skip
+    text_encoder = manifest.components[ComponentName.TEXT_ENCODER].quantization
+    text_encoder.integer_layers = None
+    assert engines.precision_by_component()[ComponentName.TEXT_ENCODER] is Precision.BF16
     assert set(eager.precision_by_component().values()) == {Precision.BF16}
 
 

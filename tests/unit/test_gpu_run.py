@@ -94,19 +94,24 @@ def test_the_report_is_renewed_after_each_row(monkeypatch: pytest.MonkeyPatch, t
         path.write_bytes(data)
 
     monkeypatch.setattr(gpu_run, "write_file", note)
-    table = run_all([Case("a", 1, 0.5), Case("b", 1, 1.0)], (EAGER, EAGER), tmp_path, Deadline(100), None)
-    assert written == [0, 0, 1, 2]
+    cases, compiled = [Case("a", 1), Case("b", 1)], Candidate("torch.compile", EAGER.settings)
+    table = run_all(cases, (EAGER, compiled), tmp_path, Deadline(100), None)
+    assert written == [0, 1, 1, 2]
     assert json.loads((tmp_path / "report.json").read_text()) == table
+    again = run_all(cases[:1], (EAGER,), tmp_path, Deadline(0), None)
+    rows = {row["candidate"]: row["message"] for row in again["cases"]["a"]["candidates"]}
+    assert rows == {"torch.compile": "", EAGER.name: "the time was up"}
+    assert again["cases"]["b"] == table["cases"]["b"]
 
 
 def test_what_the_time_did_not_reach_and_what_failed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_run, "Run", FakeRun)
-    table = run_all([Case("late", 1, 1.0)], (EAGER,), tmp_path, Deadline(1), None)
+    table = run_all([Case("late", 1)], (EAGER,), tmp_path, Deadline(1), None)
     assert table["cases"]["late"]["candidates"][0]["message"] == "the time was up"
     monkeypatch.setattr(FakeRun, "fails", "the disk is full")
-    table = run_all([Case("full", 1, 1.0)], (EAGER, EAGER), tmp_path, Deadline(99), None)
+    table = run_all([Case("full", 1)], (EAGER,), tmp_path, Deadline(99), None)
     messages = [row["message"] for row in table["cases"]["full"]["candidates"]]
-    assert messages == ["not prepared: the disk is full"] * 2
+    assert messages == ["not prepared: the disk is full"]
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
