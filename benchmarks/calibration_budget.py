@@ -34,11 +34,11 @@ from sdopt.artifacts.configs import find_config, find_prompts
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.artifacts.store import Store, cache_root
-from sdopt.build.open import open_plan
-from sdopt.build.quantize.calibrate import STAGE as SCALES_STAGE
-from sdopt.build.quantize.calibrate import calibrate
-from sdopt.build.quantize.trajectories import STAGE as TRAJECTORY_STAGE
-from sdopt.build.quantize.trajectories import Trajectories, record_trajectories
+from sdopt.convert.open import open_plan
+from sdopt.convert.quantize.calibrate import STAGE as SCALES_STAGE
+from sdopt.convert.quantize.calibrate import calibrate
+from sdopt.convert.quantize.trajectories import STAGE as TRAJECTORY_STAGE
+from sdopt.convert.quantize.trajectories import Trajectories, record_trajectories
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.quantization import QuantizationSettings, parse_quantization
 from sdopt.networks.modules import build_network

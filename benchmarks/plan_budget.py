@@ -33,9 +33,9 @@ from export_budget import Row, measure
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.artifacts.store import Store
-from sdopt.build.open import open_plan
-from sdopt.build.plans.child import JOB, PlanJob, Rung
-from sdopt.build.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans
+from sdopt.convert.open import open_plan
+from sdopt.convert.plans.child import JOB, PlanJob, Rung
+from sdopt.convert.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans
 from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
 
@@ -146,7 +146,7 @@ def build_unet_of(bundle: Path) -> None:
     )  # fmt: skip
     started = time.monotonic()
     run_isolated(
-        "sdopt.build.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+        "sdopt.convert.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
     )
     note_stage(time.monotonic() - started)
     output.unlink()

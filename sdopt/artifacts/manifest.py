@@ -131,7 +131,7 @@ class PlanRecord(_Record):
     """Prompt lengths in chunks of 77 tokens, in the order of the plan's optimisation profiles."""
     weight_streaming: bool = False
     rung: str
-    """How the build fitted into memory: see `sdopt.build.plans.RUNGS`."""
+    """How the build fitted into memory: see `sdopt.convert.plans.RUNGS`."""
     build_s: float
     build_peak_bytes: int
     """Peak resident memory of the process that built it."""

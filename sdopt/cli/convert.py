@@ -20,7 +20,7 @@ from sdopt.model.recipe import BuildRecipe, parse_recipe
 
 if TYPE_CHECKING:
     from sdopt.artifacts.manifest import BundleManifest
-    from sdopt.build.steps import Step
+    from sdopt.convert.steps import Step
 
 
 @click.command()
@@ -61,9 +61,9 @@ def convert(
     command goes on where it was. Exit code 3: the engines do not draw what torch draws, and nothing was published.
     """
     recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify)
-    from sdopt.build.convert import convert as build
-    from sdopt.build.open import open_plan
-    from sdopt.build.steps import list_steps
+    from sdopt.convert.convert import convert as build
+    from sdopt.convert.open import open_plan
+    from sdopt.convert.steps import list_steps
 
     output = output or Path("engines") / _default_name(recipe.source)
     with progress.shown_on_stderr():

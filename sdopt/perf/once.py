@@ -39,8 +39,8 @@ def build(arguments: JsonTable) -> JsonTable:
     took in ns, and what of it was found in the store; both null where a manifest does not say.
     """
     _require_protocol(arguments)
-    from sdopt.build.convert import convert
-    from sdopt.build.open import open_plan
+    from sdopt.convert.convert import convert
+    from sdopt.convert.open import open_plan
     from sdopt.model.recipe import parse_recipe
 
     recipe = parse_recipe({**arguments["recipe"], "source": arguments["source"]}, where="the suite")

@@ -25,7 +25,7 @@ from PIL import Image
 
 import sdopt
 from sdopt.artifacts.manifest import BundleManifest, Verdict, read_manifest
-from sdopt.build.check import check_bundle
+from sdopt.convert.check import check_bundle
 from tests.conftest import TINY_SHAPES
 
 RECIPE = """
@@ -357,7 +357,7 @@ def test_a_build_that_is_stopped_at_every_stage_goes_on(
 _DIES_AT_RENAME = """
 import os, signal, sys
 from pathlib import Path
-import sdopt.build.staging as staging
+import sdopt.convert.staging as staging
 real, left = Path.rename, int(sys.argv.pop(1))
 
 def rename(self, target):

@@ -1,4 +1,4 @@
-"""One dynamic build, from a checkpoint through `sdopt.build`, runs every size and batch."""
+"""One dynamic build, from a checkpoint through `sdopt.convert`, runs every size and batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from sdopt.artifacts.manifest import Verdict, read_config
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.build.check import check_bundle
-from sdopt.build.convert import convert
-from sdopt.build.open import open_plan
+from sdopt.convert.check import check_bundle
+from sdopt.convert.convert import convert
+from sdopt.convert.open import open_plan
 from sdopt.errors import ShapeError
 from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.graph.audit import check_graph_file

@@ -12,9 +12,9 @@ from PIL import Image
 
 import sdopt
 from sdopt.artifacts.manifest import BundleManifest, Verdict
-from sdopt.build.check import check_bundle
-from sdopt.build.convert import convert
-from sdopt.build.open import open_plan
+from sdopt.convert.check import check_bundle
+from sdopt.convert.convert import convert
+from sdopt.convert.open import open_plan
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision

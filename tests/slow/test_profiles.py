@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sdopt.artifacts.manifest import BundleManifest, Verdict, read_manifest
-from sdopt.build.check import check_bundle
+from sdopt.convert.check import check_bundle
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.draw import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, write_scene

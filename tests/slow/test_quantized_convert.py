@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from sdopt.artifacts.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
 from sdopt.artifacts.safetensors_file import read_header
-from sdopt.build.convert import convert
-from sdopt.build.open import open_plan
-from sdopt.build.quantize import trials, variants
+from sdopt.convert.convert import convert
+from sdopt.convert.open import open_plan
+from sdopt.convert.quantize import trials, variants
 from sdopt.errors import ArtifactError, FidelityError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.graph.qdq import LayerChoice

@@ -23,8 +23,8 @@ from sdopt.artifacts.manifest import PlanAudit, read_manifest
 from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.tensorrt import network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
-from sdopt.build.plans.child import JOB, PlanJob, Rung, build_in_child
-from sdopt.build.quantize.variants import find_layers, publish_choice, stock_layers
+from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_layers
 from sdopt.errors import AuditError, BackendError
 from sdopt.graph.qdq import LayerChoice
 from sdopt.model.component import ComponentName
@@ -146,7 +146,7 @@ def test_a_generation_without_a_kernel_is_seen(bundle: Path, tmp_path: Path) -> 
 def test_what_the_planner_refuses_by_name_cannot_be_built(
     scheme: Scheme, generation: str, kind: str, bundle: Path, tmp_path: Path
 ) -> None:
-    """The table of first generations in `sdopt.build.plans.wanted` says what the library does."""
+    """The table of first generations in `sdopt.convert.plans.wanted` says what the library does."""
     with pytest.raises(BackendError, match=f"HW-specific datatypes: {kind}"):
         quantise(bundle, tmp_path, scheme).build(generation=generation)
 

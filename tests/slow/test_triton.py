@@ -28,8 +28,8 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 import sdopt
-from sdopt.build.convert import convert
-from sdopt.build.open import open_plan
+from sdopt.convert.convert import convert
+from sdopt.convert.open import open_plan
 from sdopt.model.family import Family
 from sdopt.model.recipe import parse_recipe
 from sdopt.pipeline.load import close_engines

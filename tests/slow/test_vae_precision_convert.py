@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sdopt.artifacts.manifest import Verdict
-from sdopt.build.convert import convert
-from sdopt.build.open import open_plan
-from sdopt.build.steps import list_steps
+from sdopt.convert.convert import convert
+from sdopt.convert.open import open_plan
+from sdopt.convert.steps import list_steps
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings

@@ -13,10 +13,10 @@ from sdopt.artifacts.manifest import ParityRecord
 from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.build import graphs
-from sdopt.build.open import open_plan
-from sdopt.build.parity import choose_runtime
-from sdopt.build.resolve import BuildPlan, ComponentPlan
+from sdopt.convert import graphs
+from sdopt.convert.open import open_plan
+from sdopt.convert.parity import choose_runtime
+from sdopt.convert.resolve import BuildPlan, ComponentPlan
 from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.export.weights import write_weights
 from sdopt.model.component import ComponentName

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import sdopt.build.quantize.calibrate as stage
+import sdopt.convert.quantize.calibrate as stage
 from sdopt.artifacts.store import Store
-from sdopt.build.quantize.calibrate import calibrate, calibrate_in_child
-from sdopt.build.quantize.trajectories import Trajectories
-from sdopt.build.resolve import BuildPlan, ComponentPlan, resolve_build
+from sdopt.convert.quantize.calibrate import calibrate, calibrate_in_child
+from sdopt.convert.quantize.trajectories import Trajectories
+from sdopt.convert.resolve import BuildPlan, ComponentPlan, resolve_build
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CalibrationError
 from sdopt.isolation import JsonTable, Outcome
@@ -285,7 +285,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     started: list[JsonTable] = []
 
     def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.build.quantize.calibrate:calibrate_in_child"
+        assert target == "sdopt.convert.quantize.calibrate:calibrate_in_child"
         started.append(arguments)
         return Outcome(calibrate_in_child(arguments), 0, 0)
 

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import onnx
 import pytest
 
-import sdopt.build.convert
-import sdopt.build.open
+import sdopt.convert.convert
+import sdopt.convert.open
 from sdopt import errors
 from sdopt._version import __version__
 from sdopt.cli import main as main_module
@@ -182,13 +182,13 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
 
 def test_a_recipe_that_cannot_be_saved_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plan:
-        recipe = sdopt.build.open.BuildRecipe(source="x")
+        recipe = sdopt.convert.open.BuildRecipe(source="x")
 
     def fail(*_: Any) -> NoReturn:
         pytest.fail("work was begun")
 
-    monkeypatch.setattr(sdopt.build.open, "open_plan", lambda _: Plan())
-    monkeypatch.setattr(sdopt.build.convert, "convert", fail)
+    monkeypatch.setattr(sdopt.convert.open, "open_plan", lambda _: Plan())
+    monkeypatch.setattr(sdopt.convert.convert, "convert", fail)
     code, _, err = run("convert", "x", "--save-recipe", str(tmp_path / "none" / "r.toml"))
     assert code == 1
     assert "cannot write" in err

@@ -9,9 +9,9 @@ import pytest
 
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
 from sdopt.artifacts.store import Store
-from sdopt.build import judge as judge_module
-from sdopt.build.judge import PictureJudge, judge
-from sdopt.build.staging import Staging
+from sdopt.convert import judge as judge_module
+from sdopt.convert.judge import PictureJudge, judge
+from sdopt.convert.staging import Staging
 from sdopt.fidelity import verdict as verdict_module
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdopt.artifacts.manifest import OutputParity, ParityRecord
-from sdopt.build.open import open_plan
-from sdopt.build.parity import list_points, parity_key
-from sdopt.build.resolve import BuildPlan
+from sdopt.convert.open import open_plan
+from sdopt.convert.parity import list_points, parity_key
+from sdopt.convert.resolve import BuildPlan
 from sdopt.export.parity import worst_of
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings

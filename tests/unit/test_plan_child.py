@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from sdopt.artifacts.device_memory import DeviceMemoryPeak
-from sdopt.build.plans import child
-from sdopt.build.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.plans import child
+from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
 from sdopt.cli.inspect import inspect
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

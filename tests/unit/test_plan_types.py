@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from sdopt.build.plans import wanted
-from sdopt.build.plans.wanted import require_types, requires_fused
-from sdopt.build.resolve import BuildPlan, resolve_build
+from sdopt.convert.plans import wanted
+from sdopt.convert.plans.wanted import require_types, requires_fused
+from sdopt.convert.resolve import BuildPlan, resolve_build
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import MissingHardware, RecipeError
 from sdopt.model.component import ComponentName

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import Session, ShowsKernels
-from sdopt.build.quantize.variants import Stock, find_layers, publish_choice, stock_layers, write_trial
+from sdopt.convert.quantize.variants import Stock, find_layers, publish_choice, stock_layers, write_trial
 from sdopt.errors import ExportError
 from sdopt.export.bind import bind_weights, rebind_weights
 from sdopt.export.parity import load_reference, make_inputs

@@ -19,22 +19,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sdopt.build.quantize.candidate as candidate_module
-import sdopt.build.quantize.stage as stage
-import sdopt.build.quantize.trials as trials_module
+import sdopt.convert.quantize.candidate as candidate_module
+import sdopt.convert.quantize.stage as stage
+import sdopt.convert.quantize.trials as trials_module
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
 from sdopt.artifacts.store import Store
-from sdopt.build import judge as judge_module
-from sdopt.build.judge import runnable_here
-from sdopt.build.quantize.candidate import Candidate
-from sdopt.build.quantize.choose import Measurement, harm_of
-from sdopt.build.quantize.recording import Call
-from sdopt.build.quantize.stage import Shop, explain_none, quantize
-from sdopt.build.quantize.trajectories import Trajectories
-from sdopt.build.quantize.trials import Trial, TrialJob, TrialRecord, measure_error, run_trials
-from sdopt.build.quantize.variants import Stock
-from sdopt.build.resolve import BuildPlan, resolve_build
-from sdopt.build.staging import Staging
+from sdopt.convert import judge as judge_module
+from sdopt.convert.judge import runnable_here
+from sdopt.convert.quantize.candidate import Candidate
+from sdopt.convert.quantize.choose import Measurement, harm_of
+from sdopt.convert.quantize.recording import Call
+from sdopt.convert.quantize.stage import Shop, explain_none, quantize
+from sdopt.convert.quantize.trajectories import Trajectories
+from sdopt.convert.quantize.trials import Trial, TrialJob, TrialRecord, measure_error, run_trials
+from sdopt.convert.quantize.variants import Stock
+from sdopt.convert.resolve import BuildPlan, resolve_build
+from sdopt.convert.staging import Staging
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sdopt.build.quantize.trajectories as stage
+import sdopt.convert.quantize.trajectories as stage
 from sdopt.artifacts.store import Store
-from sdopt.build.quantize.recording import read_calls
-from sdopt.build.quantize.trajectories import (
+from sdopt.convert.quantize.recording import read_calls
+from sdopt.convert.quantize.trajectories import (
     Trajectories,
     choose_trajectories,
     record_in_child,
@@ -50,7 +50,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     started: list[JsonTable] = []
 
     def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.build.quantize.trajectories:record_in_child"
+        assert target == "sdopt.convert.quantize.trajectories:record_in_child"
         started.append(arguments)
         return Outcome(record_in_child(arguments), 0, 0)
 

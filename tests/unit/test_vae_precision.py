@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from sdopt.build import vae_precision
-from sdopt.build.open import open_plan
-from sdopt.build.resolve import BuildPlan
-from sdopt.build.vae_precision import HalfMeasurement
+from sdopt.convert import vae_precision
+from sdopt.convert.open import open_plan
+from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.vae_precision import HalfMeasurement
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.fidelity.metrics import PictureFault, find_fault
 from sdopt.model.component import ComponentName

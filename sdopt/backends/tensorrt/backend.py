@@ -14,7 +14,7 @@ _PRECISIONS = (Precision.FP32, Precision.BF16, Precision.FP16)
 
 
 class TensorRTBackend:
-    """Plans are built by `sdopt.build.plans`; without a GPU this backend builds and does not open."""
+    """Plans are built by `sdopt.convert.plans`; without a GPU this backend builds and does not open."""
 
     def __init__(self, settings: TensorRTSettings) -> None:
         self._settings = settings

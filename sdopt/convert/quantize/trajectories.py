@@ -30,7 +30,7 @@ from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.artifacts.store import Store
-from sdopt.build.quantize.recording import Recorder
+from sdopt.convert.quantize.recording import Recorder
 from sdopt.errors import ArtifactError, RecipeError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.draw import build_call
@@ -106,7 +106,7 @@ def record_trajectories(
     missing = {key: each for each, key in keys.items() if store.find(STAGE, key) is None}
     if missing:
         job = _JOB.dump_python(Job(folder, draft, cache, missing), mode="json")
-        run_isolated("sdopt.build.quantize.trajectories:record_in_child", job)
+        run_isolated("sdopt.convert.quantize.trajectories:record_in_child", job)
     return Trajectories(
         tuple(_require(store, keys[each]) for each in calibration),
         tuple(_require(store, keys[each]) for each in held_out),

@@ -16,7 +16,7 @@ from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
 from sdopt.artifacts.store import Store
-from sdopt.build.staging import Staging
+from sdopt.convert.staging import Staging
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.model.precision import Precision

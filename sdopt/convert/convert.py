@@ -30,15 +30,15 @@ from sdopt.artifacts.manifest import (
     write_manifest,
 )
 from sdopt.artifacts.store import Store, cache_root
-from sdopt.build.files import make_card, write_small_files
-from sdopt.build.graphs import find_graph, trace_missing
-from sdopt.build.judge import PictureJudge, judge
-from sdopt.build.parity import prove_parity, require_runtimes
-from sdopt.build.plans.make import MadePlan, make_plans, place_plan
-from sdopt.build.plans.wanted import generations, library_version, require_builder
-from sdopt.build.quantize.stage import Shop, quantize
-from sdopt.build.resolve import BuildPlan, require_backends
-from sdopt.build.staging import Staging, drop_unknown, locked, require_ours
+from sdopt.convert.files import make_card, write_small_files
+from sdopt.convert.graphs import find_graph, trace_missing
+from sdopt.convert.judge import PictureJudge, judge
+from sdopt.convert.parity import prove_parity, require_runtimes
+from sdopt.convert.plans.make import MadePlan, make_plans, place_plan
+from sdopt.convert.plans.wanted import generations, library_version, require_builder
+from sdopt.convert.quantize.stage import Shop, quantize
+from sdopt.convert.resolve import BuildPlan, require_backends
+from sdopt.convert.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.errors import ArtifactError, ExportError
 from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.export.weights import write_weights

@@ -17,16 +17,16 @@ from sdopt.artifacts.configs import find_prompts
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest, FileRecord, Verdict, read_config
 from sdopt.artifacts.store import Store
-from sdopt.build.graphs import GRAPH_NAME
-from sdopt.build.judge import PictureJudge, runnable_here, stand_in
-from sdopt.build.quantize.calibrate import calibrate
-from sdopt.build.quantize.candidate import Candidate
-from sdopt.build.quantize.choose import harm_of
-from sdopt.build.quantize.trajectories import Trajectories, record_trajectories
-from sdopt.build.quantize.trials import FORMAT, TrialJob
-from sdopt.build.quantize.variants import find_layers, stock_layers
-from sdopt.build.resolve import BuildPlan
-from sdopt.build.staging import Staging
+from sdopt.convert.graphs import GRAPH_NAME
+from sdopt.convert.judge import PictureJudge, runnable_here, stand_in
+from sdopt.convert.quantize.calibrate import calibrate
+from sdopt.convert.quantize.candidate import Candidate
+from sdopt.convert.quantize.choose import harm_of
+from sdopt.convert.quantize.trajectories import Trajectories, record_trajectories
+from sdopt.convert.quantize.trials import FORMAT, TrialJob
+from sdopt.convert.quantize.variants import find_layers, stock_layers
+from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.staging import Staging
 from sdopt.errors import FidelityError
 from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.fidelity.scene import DEFAULT_PROMPTS

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from sdopt import progress
 from sdopt.artifacts.manifest import GraphAudit
 from sdopt.artifacts.store import Store
-from sdopt.build.resolve import BuildPlan
+from sdopt.convert.resolve import BuildPlan
 from sdopt.export.weights import storage_layout
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec
@@ -57,7 +57,7 @@ def trace_missing(plan: BuildPlan, store: Store, cache: Path) -> int | None:
         return None
     jobs = [_describe_job(plan, name) for name in missing]
     arguments = {"cache": str(cache), "jobs": _JOBS.dump_python(jobs, mode="json")}
-    return run_isolated("sdopt.build.graphs:trace_in_child", arguments).peak_rss_bytes
+    return run_isolated("sdopt.convert.graphs:trace_in_child", arguments).peak_rss_bytes
 
 
 def _describe_job(plan: BuildPlan, name: ComponentName) -> TraceJob:

@@ -23,9 +23,9 @@ from sdopt.artifacts.machine import describe_system
 from sdopt.artifacts.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
 from sdopt.artifacts.store import Store
 from sdopt.artifacts.trust import remember_built
-from sdopt.build.graphs import GRAPH_NAME
-from sdopt.build.plans.child import JOB, PlanJob, Rung
-from sdopt.build.plans.wanted import (
+from sdopt.convert.graphs import GRAPH_NAME
+from sdopt.convert.plans.child import JOB, PlanJob, Rung
+from sdopt.convert.plans.wanted import (
     WantedPlan,
     input_shapes,
     library_version,
@@ -34,7 +34,7 @@ from sdopt.build.plans.wanted import (
     pixels_per_latent,
     requires_fused,
 )
-from sdopt.build.resolve import BuildPlan
+from sdopt.convert.resolve import BuildPlan
 from sdopt.errors import MissingHardware, SdoptError
 from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.isolation import kill_children, run_isolated
@@ -174,7 +174,7 @@ def _fill(shop: _Workshop, wanted: WantedPlan, rung: Rung, folder: Path) -> dict
     job = _describe_job(shop, wanted, rung, folder / _PLAN_NAME)
     try:
         outcome = run_isolated(
-            "sdopt.build.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+            "sdopt.convert.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
         )
     except SdoptError as error:
         # Under a limit, an allocation that fails where nobody looks ends the child in any way: SIGSEGV, SystemError.

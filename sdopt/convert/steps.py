@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt.artifacts.store import Store, cache_root
-from sdopt.build.convert import find_finished
-from sdopt.build.graphs import find_graph
-from sdopt.build.plans.wanted import generations, peak_bytes
-from sdopt.build.resolve import BuildPlan, ComponentPlan
-from sdopt.build.staging import Staging
+from sdopt.convert.convert import find_finished
+from sdopt.convert.graphs import find_graph
+from sdopt.convert.plans.wanted import generations, peak_bytes
+from sdopt.convert.resolve import BuildPlan, ComponentPlan
+from sdopt.convert.staging import Staging
 from sdopt.model.component import ComponentName
 
 # Rough rates of two cores, to tell seconds from minutes; benchmarks/export_budget.py measures real builds.

@@ -26,7 +26,7 @@ from sdopt import progress
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.artifacts.store import Store, cache_root
-from sdopt.build.resolve import BuildPlan, PrecisionChoice
+from sdopt.convert.resolve import BuildPlan, PrecisionChoice
 from sdopt.fidelity.metrics import compute_psnr, to_picture
 from sdopt.fidelity.scene import paint_image
 from sdopt.fidelity.verdict import LIMITS
@@ -115,7 +115,7 @@ def _find_or_measure(plan: BuildPlan) -> dict[ComponentName, HalfMeasurement]:
         return _MEASURED.validate_json((folder / _RECORD_NAME).read_bytes())
     progress.update("looking how large the VAE's values get", 0.0)
     arguments = _JOB.dump_python(describe_job(plan), mode="json")
-    outcome = run_isolated("sdopt.build.vae_precision:measure_in_child", arguments)
+    outcome = run_isolated("sdopt.convert.vae_precision:measure_in_child", arguments)
     store.put(STAGE, key, {_RECORD_NAME: json.dumps(outcome.value).encode()})
     return _MEASURED.validate_python(outcome.value)
 

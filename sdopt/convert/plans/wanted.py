@@ -10,7 +10,7 @@ from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.gpu import find_gpus
 from sdopt.artifacts.machine import describe_system, find_version
 from sdopt.artifacts.manifest import FileRecord, PlanFlavour
-from sdopt.build.resolve import BuildPlan
+from sdopt.convert.resolve import BuildPlan
 from sdopt.errors import MissingHardware, RecipeError, UsageError
 from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
 from sdopt.model.precision import Precision

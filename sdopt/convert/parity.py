@@ -17,7 +17,7 @@ from sdopt.artifacts.manifest import ParityRecord
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.artifacts.store import Store
 from sdopt.backends.open import probe_backend
-from sdopt.build.resolve import BuildPlan
+from sdopt.convert.resolve import BuildPlan
 from sdopt.errors import MissingDependency, ParityError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor
@@ -141,8 +141,8 @@ def _measure(
         "jobs": _JOBS.dump_python(jobs, mode="json"),
         "work": str(work),
     }
-    run_isolated("sdopt.build.parity:run_torch_in_child", arguments)
-    outcome = run_isolated("sdopt.build.parity:run_engines_in_child", arguments)
+    run_isolated("sdopt.convert.parity:run_torch_in_child", arguments)
+    outcome = run_isolated("sdopt.convert.parity:run_engines_in_child", arguments)
     return {name: ParityRecord.model_validate(outcome.value[name]) for name in names}
 
 

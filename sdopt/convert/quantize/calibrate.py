@@ -20,9 +20,9 @@ from sdopt import progress
 from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.artifacts.store import Store
-from sdopt.build.quantize.recording import read_calls
-from sdopt.build.quantize.trajectories import Trajectories
-from sdopt.build.resolve import ComponentPlan
+from sdopt.convert.quantize.recording import read_calls
+from sdopt.convert.quantize.trajectories import Trajectories
+from sdopt.convert.resolve import ComponentPlan
 from sdopt.errors import ArtifactError, MissingDependency
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
@@ -70,7 +70,7 @@ def calibrate(
             key, cache, part.spec.name, dict(part.config), dict(part.tensors),
             tuple(tensor.name for tensor in part.spec.inputs), tuple(layers), trajectories.calibration, settings,
         )  # fmt: skip
-        run_isolated("sdopt.build.quantize.calibrate:calibrate_in_child", _JOB.dump_python(job, mode="json"))
+        run_isolated("sdopt.convert.quantize.calibrate:calibrate_in_child", _JOB.dump_python(job, mode="json"))
     entry = store.find(STAGE, key)
     if entry is None:
         raise ArtifactError("the scales vanished from the store while they were used", hint="run the command again")
