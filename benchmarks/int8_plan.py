@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from sdopt.artifacts.configs import find_config
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
+from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT
 from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_layers
-from sdopt.checkpoint.source import open_checkpoint
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
@@ -76,7 +76,9 @@ def main(bundle: Path, source: str, generation: str, json_path: Path | None) -> 
         )  # fmt: skip
         started = time.monotonic()
         outcome = run_isolated(
-            "sdopt.convert.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+            "sdopt.convert.plans.child:build_in_child",
+            JOB.dump_python(job, mode="json"),
+            environment=MALLOC_ENVIRONMENT,
         )
         seconds, plan_bytes = time.monotonic() - started, job.output.stat().st_size
     met = seconds <= _LIMIT_S and plan_bytes <= _LIMIT_PLAN_BYTES and outcome.peak_rss_bytes <= _LIMIT_RSS_BYTES

@@ -9,12 +9,12 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.artifacts.safetensors_file import TensorRef
-from sdopt.convert.resolve import BuildPlan, resolve_build
-from sdopt.convert.vae_precision import choose_vae_precisions
 from sdopt.checkpoint.infer import sample_size
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.checkpoint.scheduler import with_prediction
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.convert.resolve import BuildPlan, resolve_build
+from sdopt.convert.vae_precision import choose_vae_precisions
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import sdopt.convert.quantize.calibrate as stage
 from sdopt.artifacts.store import Store
+from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.quantize.calibrate import calibrate, calibrate_in_child
 from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.convert.resolve import BuildPlan, ComponentPlan, resolve_build
-from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CalibrationError
 from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName

@@ -20,9 +20,9 @@ from sdopt.artifacts.manifest import ParityRecord
 from sdopt.artifacts.safetensors_file import TensorRef, read_header
 from sdopt.backends.onnxruntime import OnnxRuntimeBackend
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import graphs
 from sdopt.convert.graphs import TraceJob
-from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, ExportError, ShapeError
 from sdopt.export.bind import bind_weights
 from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference

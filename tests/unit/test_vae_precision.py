@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
+from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import vae_precision
 from sdopt.convert.open import open_plan
 from sdopt.convert.resolve import BuildPlan
 from sdopt.convert.vae_precision import HalfMeasurement
-from sdopt.checkpoint.source import open_checkpoint
 from sdopt.fidelity.metrics import PictureFault, find_fault
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision

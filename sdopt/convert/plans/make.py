@@ -174,7 +174,9 @@ def _fill(shop: _Workshop, wanted: WantedPlan, rung: Rung, folder: Path) -> dict
     job = _describe_job(shop, wanted, rung, folder / _PLAN_NAME)
     try:
         outcome = run_isolated(
-            "sdopt.convert.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+            "sdopt.convert.plans.child:build_in_child",
+            JOB.dump_python(job, mode="json"),
+            environment=MALLOC_ENVIRONMENT,
         )
     except SdoptError as error:
         # Under a limit, an allocation that fails where nobody looks ends the child in any way: SIGSEGV, SystemError.
