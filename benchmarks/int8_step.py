@@ -38,8 +38,8 @@ def time_in_child(arguments: JsonTable) -> JsonTable:
     from safetensors.torch import save_file
 
     from sdopt.backends.open import open_session
-    from sdopt.export.parity import make_inputs
     from sdopt.pipeline.load import component_files
+    from sdopt.trace.parity import make_inputs
 
     folder = Path(arguments["folder"])
     files = component_files(folder, read_manifest(folder), ComponentName.UNET)

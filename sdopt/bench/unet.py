@@ -41,8 +41,8 @@ def write_inputs(folder: Path, manifest: BundleManifest, path: Path) -> None:
     """Parity's seeded inputs of the UNet at the bundle's usual size, as one file for every candidate."""
     from safetensors.torch import save_file
 
-    from sdopt.export.parity import make_inputs
     from sdopt.pipeline.load import component_files
+    from sdopt.trace.parity import make_inputs
 
     files = component_files(folder, manifest, ComponentName.UNET)
     inputs = make_inputs(files.spec, files.config, files.extents)

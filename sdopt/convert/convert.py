@@ -40,11 +40,11 @@ from sdopt.convert.quantize.stage import Shop, quantize
 from sdopt.convert.resolve import BuildPlan, require_backends
 from sdopt.convert.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.errors import ArtifactError, ExportError
-from sdopt.export.bind import WEIGHTS_NAME
-from sdopt.export.weights import write_weights
 from sdopt.isolation import kill_children
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import QuantizationSettings
+from sdopt.trace.bind import WEIGHTS_NAME
+from sdopt.trace.weights import write_weights
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000

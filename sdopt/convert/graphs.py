@@ -13,12 +13,12 @@ from sdopt import progress
 from sdopt.artifacts.manifest import GraphAudit
 from sdopt.artifacts.store import Store
 from sdopt.convert.resolve import BuildPlan
-from sdopt.export.weights import storage_layout
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
+from sdopt.trace.weights import storage_layout
 
 STAGE = "graph"
 GRAPH_NAME = "model.onnx"
@@ -83,10 +83,10 @@ def trace_in_child(arguments: JsonTable) -> JsonTable:
 def _trace(job: TraceJob) -> tuple[bytes, GraphAudit]:
     import onnx_ir as ir
 
-    from sdopt.export.bind import bind_weights
-    from sdopt.export.trace import trace_component
     from sdopt.graph.audit import audit_graph, require_fused_attention
     from sdopt.graph.passes import run_passes
+    from sdopt.trace.bind import bind_weights
+    from sdopt.trace.trace import trace_component
 
     traced = trace_component(
         job.spec, job.config, job.extents, dtype=job.graph_dtype, dialect=job.dialect, dynamic=job.dynamic

@@ -15,7 +15,6 @@ from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import fastest_cpu_settings, probe_backend
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.errors import MissingDependency, MissingHardware, RecipeError
-from sdopt.export.weights import identify_weights, storage_layout
 from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
@@ -33,6 +32,7 @@ from sdopt.model.recipe import (
 )
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
 from sdopt.model.target import Runtime, Target
+from sdopt.trace.weights import identify_weights, storage_layout
 
 _DYNAMIC_SIDE_PX = (256, 1024)
 _DYNAMIC_BATCH = 4

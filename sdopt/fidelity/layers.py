@@ -213,7 +213,7 @@ def _open_files(arguments: JsonTable) -> ComponentFiles:
 
 
 def _make_inputs(files: ComponentFiles) -> dict[str, torch.Tensor]:
-    from sdopt.export.parity import make_inputs
+    from sdopt.trace.parity import make_inputs
 
     return make_inputs(files.spec, files.config, files.extents)
 

@@ -8,9 +8,9 @@ from sdopt.artifacts.manifest import BundleManifest
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, CheckpointError
-from sdopt.export.weights import identify_weights
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import graph_dtype
+from sdopt.trace.weights import identify_weights
 
 
 def find_origin(manifest: BundleManifest) -> dict[ComponentName, Mapping[str, TensorRef]]:

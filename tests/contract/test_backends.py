@@ -15,12 +15,12 @@ from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.backends.open import backend_for, open_session, probe_all, probe_backend
 from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
-from sdopt.export.parity import make_inputs
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.networks.tensors import TORCH_DTYPES
 from sdopt.pipeline.load import component_files
+from sdopt.trace.parity import make_inputs
 
 # Relative L2 distance from torch fp32 that is rounding: fp32 by the order of sums, bf16 by its 8 bits in every layer.
 BACKENDS: dict[str, tuple[BackendSettings, float]] = {

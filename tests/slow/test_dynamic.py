@@ -14,7 +14,6 @@ from sdopt.convert.check import check_bundle
 from sdopt.convert.convert import convert
 from sdopt.convert.open import open_plan
 from sdopt.errors import ShapeError
-from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
@@ -27,6 +26,7 @@ from sdopt.model.recipe import (
 )
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.target import Runtime, Target
+from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 

@@ -17,12 +17,12 @@ from sdopt.convert import graphs
 from sdopt.convert.open import open_plan
 from sdopt.convert.parity import choose_runtime
 from sdopt.convert.resolve import BuildPlan, ComponentPlan
-from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
-from sdopt.export.weights import write_weights
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.target import parse_target
+from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.weights import write_weights
 from tests.conftest import TINY_SHAPES
 
 # The networks are too small to share out, and tests run beside each other.

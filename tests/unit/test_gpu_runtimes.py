@@ -17,10 +17,10 @@ from sdopt.backends.onnxruntime import CudaSession, OnnxRuntimeBackend
 from sdopt.backends.open import open_session, probe_backend
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.errors import BackendError, MissingHardware
-from sdopt.export.parity import make_inputs
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.pipeline.load import component_files
+from sdopt.trace.parity import make_inputs
 from tests.tensorrt_double import HostGpu
 
 CUDA = OnnxRuntimeSettings(device="cuda")

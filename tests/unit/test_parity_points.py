@@ -10,10 +10,10 @@ from sdopt.artifacts.manifest import OutputParity, ParityRecord
 from sdopt.convert.open import open_plan
 from sdopt.convert.parity import list_points, parity_key
 from sdopt.convert.resolve import BuildPlan
-from sdopt.export.parity import worst_of
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings
 from sdopt.model.target import Runtime, Target
+from sdopt.trace.parity import worst_of
 from tests.reference_session import TINY_SHAPES
 
 Point = tuple[int, int, int]

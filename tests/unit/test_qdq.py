@@ -26,9 +26,6 @@ from sdopt.backends.open import open_session
 from sdopt.backends.protocol import Session, ShowsKernels
 from sdopt.convert.quantize.variants import Stock, find_layers, publish_choice, stock_layers, write_trial
 from sdopt.errors import ExportError
-from sdopt.export.bind import bind_weights, rebind_weights
-from sdopt.export.parity import load_reference, make_inputs
-from sdopt.export.weights import storage_layout, write_weights
 from sdopt.graph.audit import check_graph_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers
 from sdopt.model.component import ComponentName
@@ -36,6 +33,9 @@ from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
+from sdopt.trace.bind import bind_weights, rebind_weights
+from sdopt.trace.parity import load_reference, make_inputs
+from sdopt.trace.weights import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.conftest import TINY_SHAPES
 from tests.unit.test_trace import Built, build

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
-import sdopt.export.trace
+import sdopt.trace.trace
 from sdopt.artifacts.manifest import ParityRecord
 from sdopt.artifacts.safetensors_file import TensorRef, read_header
 from sdopt.backends.onnxruntime import OnnxRuntimeBackend
@@ -24,10 +24,6 @@ from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import graphs
 from sdopt.convert.graphs import TraceJob
 from sdopt.errors import ArtifactError, ExportError, ShapeError
-from sdopt.export.bind import bind_weights
-from sdopt.export.parity import compare_outputs, load_reference, make_inputs, run_reference
-from sdopt.export.trace import trace_component
-from sdopt.export.weights import storage_layout, write_weights
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.component import ComponentName, describe_component, vae_factor
 from sdopt.model.family import Family
@@ -35,6 +31,10 @@ from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect, OnnxRuntimeSettings
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network, count_attention_layers
+from sdopt.trace.bind import bind_weights
+from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.trace import trace_component
+from sdopt.trace.weights import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 # The networks are too small to share out, and tests run beside each other.
@@ -173,7 +173,7 @@ def test_a_dynamic_axis_that_torch_fixes_is_no_dynamic_graph(
             return latent_sample * 2 if latent_sample.shape[2] == 16 else latent_sample
 
     job = describe_job(checkpoints[Family.SD1], DECODER, DType.FP32, Dialect.NATIVE_ATTENTION, dynamic=True)
-    monkeypatch.setattr(sdopt.export.trace, "build_network", lambda *_: Fixed())
+    monkeypatch.setattr(sdopt.trace.trace, "build_network", lambda *_: Fixed())
     with pytest.raises(ExportError, match=r"static shape of 16"):
         trace_component(
             job.spec, job.config, job.extents, dtype=DType.FP32, dialect=Dialect.NATIVE_ATTENTION, dynamic=True
@@ -244,7 +244,7 @@ def test_attention_in_pieces_is_refused_in_the_native_dialect(
         network.network.set_attn_processor(AttnProcessor())  # type: ignore[operator, union-attr]
         return network
 
-    monkeypatch.setattr(sdopt.export.trace, "build_network", build_in_pieces)
+    monkeypatch.setattr(sdopt.trace.trace, "build_network", build_in_pieces)
     with pytest.raises(ArtifactError, match="attention layers"):
         graphs._trace(job)
 

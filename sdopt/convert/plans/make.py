@@ -36,11 +36,11 @@ from sdopt.convert.plans.wanted import (
 )
 from sdopt.convert.resolve import BuildPlan
 from sdopt.errors import MissingHardware, SdoptError
-from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.isolation import kill_children, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import Dialect, TensorRTSettings, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
+from sdopt.trace.bind import WEIGHTS_NAME
 
 STAGE = "plan"
 _PLAN_NAME = "engine.plan"

@@ -28,12 +28,12 @@ from sdopt.convert.quantize.variants import find_layers, stock_layers
 from sdopt.convert.resolve import BuildPlan
 from sdopt.convert.staging import Staging
 from sdopt.errors import FidelityError
-from sdopt.export.bind import WEIGHTS_NAME
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import ComponentQuantization, QuantizationSettings
 from sdopt.model.recipe import BackendSettings, TensorRTSettings
+from sdopt.trace.bind import WEIGHTS_NAME
 
 # What a picture's time may grow by where weights alone are quantised, which saves memory and disk.
 _SLACK_SHARE = 0.01
