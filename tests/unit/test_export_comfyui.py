@@ -17,13 +17,13 @@ from diffusers.models.embeddings import get_timestep_embedding
 from sdopt.artifacts.manifest import BundleManifest, read_manifest
 from sdopt.backends.protocol import Probe
 from sdopt.errors import ArtifactError, MissingDependency, UnsafeInputError, UsageError
+from sdopt.export import comfyui
+from sdopt.export.comfyui import export_engine, export_graph, find_model_type, name_engine
+from sdopt.export.comfyui_graph import adapt_unet
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent
-from sdopt.serve import comfyui
-from sdopt.serve.comfyui import export_engine, export_graph, find_model_type, name_engine
-from sdopt.serve.comfyui_graph import adapt_unet
 from sdopt.trace.parity import make_inputs
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.unit.test_trace import Built, build

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdopt.errors import UsageError
+from sdopt.export.triton_models.drawing import Drawer, Request, Tensors, make_noise
+from sdopt.export.triton_models.schedules import make_schedule
+from sdopt.export.triton_settings import _describe_schedule, make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.schedulers import make_scheduler
-from sdopt.serve.triton_models.drawing import Drawer, Request, Tensors, make_noise
-from sdopt.serve.triton_models.schedules import make_schedule
-from sdopt.serve.triton_settings import _describe_schedule, make_settings, require_text_to_image, write_tokenizers
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 

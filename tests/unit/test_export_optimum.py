@@ -9,8 +9,8 @@ import pytest
 from sdopt.artifacts.bundle import find_damage
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.errors import ArtifactError
-from sdopt.serve.optimum import export_optimum
-from sdopt.serve.publish import MARKER_NAME
+from sdopt.export.optimum import export_optimum
+from sdopt.export.publish import MARKER_NAME
 from tests.unit.test_export_triton import add_plans
 
 

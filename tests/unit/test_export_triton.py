@@ -21,13 +21,13 @@ from sdopt.artifacts.bundle import record_file
 from sdopt.artifacts.manifest import read_manifest, write_manifest
 from sdopt.artifacts.trust import remember_built
 from sdopt.errors import ArtifactError, SdoptError, UnsafeInputError, UsageError
+from sdopt.export import publish, triton
+from sdopt.export.publish import MARKER_NAME
+from sdopt.export.triton import export_triton
+from sdopt.export.triton_config import TritonBackend, configure_network, configure_pipeline, quote
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
-from sdopt.serve import publish, triton
-from sdopt.serve.publish import MARKER_NAME
-from sdopt.serve.triton import export_triton
-from sdopt.serve.triton_config import TritonBackend, configure_network, configure_pipeline, quote
 from tests.planted_plans import make_plan
 from tests.unit.test_imports import run_poisoned
 

@@ -19,12 +19,12 @@ from sdopt.artifacts.bundle import bundle_extents
 from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config
 from sdopt.errors import UsageError
+from sdopt.export.publish import copy_file, open_bundle, staged, sum_bytes
+from sdopt.export.triton_config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
+from sdopt.export.triton_settings import make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.shape import Extent
 from sdopt.pipeline.preflight import require_trusted
-from sdopt.serve.publish import copy_file, open_bundle, staged, sum_bytes
-from sdopt.serve.triton_config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
-from sdopt.serve.triton_settings import make_settings, require_text_to_image, write_tokenizers
 
 _VERSION = "1"
 _GRAPH_FILES = ("model.onnx", "weights.safetensors")
@@ -147,7 +147,7 @@ def _write_pipeline(folder: Path, settings: dict[str, Any], config: ModelConfig,
 
 
 def _copy_code(name: str, target: Path) -> None:
-    write_file(target, files("sdopt.serve").joinpath("triton_models", name).read_bytes())
+    write_file(target, files("sdopt.export").joinpath("triton_models", name).read_bytes())
 
 
 def _list_needs(manifest: BundleManifest, backend: TritonBackend) -> tuple[str, ...]:
