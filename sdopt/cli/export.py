@@ -36,7 +36,7 @@ def triton(
     It takes `prompt` and, where they are given, `negative_prompt`, `seed`, `steps`, `guidance_scale` and `latents`
     (noise of variance 1); it gives `generated_image`. A seed is numpy's: `sdopt generate` draws another picture of it.
     """
-    from sdopt.export.triton import export_triton
+    from sdopt.export.triton.repository import export_triton
 
     with progress.shown_on_stderr():
         done = export_triton(folder, output, backend=backend, name=name, scheduler=scheduler)
@@ -58,7 +58,7 @@ def comfyui(folder: Path, output: Path, name: str | None, graph: bool, as_json: 
 
     It takes general TensorRT and the GPU that ComfyUI runs on. With --graph the engine is left to trtexec there.
     """
-    from sdopt.export.comfyui import export_engine, export_graph
+    from sdopt.export.comfyui.engine_file import export_engine, export_graph
 
     with progress.shown_on_stderr():
         done = (export_graph if graph else export_engine)(folder, output, name=name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdopt import progress
 from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import BundleManifest
-from sdopt.export.publish import copy_file, open_bundle, staged, sum_bytes
+from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 
 _CARD = "README.md"
 

@@ -17,9 +17,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from sdopt.artifacts.manifest import BundleManifest, read_manifest
 from sdopt.backends.protocol import Probe
 from sdopt.errors import ArtifactError, MissingDependency, UnsafeInputError, UsageError
-from sdopt.export import comfyui
-from sdopt.export.comfyui import export_engine, export_graph, find_model_type, name_engine
-from sdopt.export.comfyui_graph import adapt_unet
+from sdopt.export.comfyui import engine_file as comfyui
+from sdopt.export.comfyui.engine_file import export_engine, export_graph, find_model_type, name_engine
+from sdopt.export.comfyui.flat_graph import adapt_unet
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdopt.errors import UsageError
-from sdopt.export.triton_models.drawing import Drawer, Request, Tensors, make_noise
-from sdopt.export.triton_models.schedules import make_schedule
-from sdopt.export.triton_settings import _describe_schedule, make_settings, require_text_to_image, write_tokenizers
+from sdopt.export.triton.models.drawing import Drawer, Request, Tensors, make_noise
+from sdopt.export.triton.models.schedules import make_schedule
+from sdopt.export.triton.settings import _describe_schedule, make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent, ShapeProfile

@@ -10,7 +10,7 @@ from sdopt.artifacts.bundle import find_damage
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.errors import ArtifactError
 from sdopt.export.optimum import export_optimum
-from sdopt.export.publish import MARKER_NAME
+from sdopt.export.published_folder import MARKER_NAME
 from tests.unit.test_export_triton import add_plans
 
 

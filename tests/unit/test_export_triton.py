@@ -21,10 +21,11 @@ from sdopt.artifacts.bundle import record_file
 from sdopt.artifacts.manifest import read_manifest, write_manifest
 from sdopt.artifacts.trust import remember_built
 from sdopt.errors import ArtifactError, SdoptError, UnsafeInputError, UsageError
-from sdopt.export import publish, triton
-from sdopt.export.publish import MARKER_NAME
-from sdopt.export.triton import export_triton
-from sdopt.export.triton_config import TritonBackend, configure_network, configure_pipeline, quote
+from sdopt.export import published_folder as publish
+from sdopt.export.published_folder import MARKER_NAME
+from sdopt.export.triton import repository as triton
+from sdopt.export.triton.config import TritonBackend, configure_network, configure_pipeline, quote
+from sdopt.export.triton.repository import export_triton
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent

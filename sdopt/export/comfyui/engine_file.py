@@ -22,9 +22,9 @@ from sdopt.backends.tensorrt.builder import Bounds, BuildOptions, build_plan
 from sdopt.backends.tensorrt.library import Kind, load_library
 from sdopt.backends.tensorrt.network import parse_graph
 from sdopt.errors import MissingDependency, UsageError
-from sdopt.export.comfyui_graph import adapt_unet
-from sdopt.export.publish import copy_file, open_bundle, staged, sum_bytes
-from sdopt.export.triton_config import quote
+from sdopt.export.comfyui.flat_graph import adapt_unet
+from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
+from sdopt.export.triton.config import quote
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction

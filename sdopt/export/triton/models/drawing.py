@@ -1,6 +1,6 @@
 """From prompts to pictures over networks that something else runs: text, the denoising loop, the picture.
 
-`pipeline.json` beside this file says all that differs between checkpoints (`sdopt.export.triton_settings` writes it).
+`pipeline.json` beside this file says all that differs between checkpoints (`sdopt.export.triton.settings` writes it).
 """
 
 from __future__ import annotations

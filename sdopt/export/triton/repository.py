@@ -19,9 +19,9 @@ from sdopt.artifacts.bundle import bundle_extents
 from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config
 from sdopt.errors import UsageError
-from sdopt.export.publish import copy_file, open_bundle, staged, sum_bytes
-from sdopt.export.triton_config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
-from sdopt.export.triton_settings import make_settings, require_text_to_image, write_tokenizers
+from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
+from sdopt.export.triton.config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
+from sdopt.export.triton.settings import make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.shape import Extent
 from sdopt.pipeline.preflight import require_trusted
