@@ -29,7 +29,6 @@ from typing import Any
 import click
 
 from benchmarks.roofline import find_peak_flops
-from sdopt.artifacts.files import write_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.artifacts.plan_header import RTX_GENERATIONS
@@ -37,6 +36,7 @@ from sdopt.backends.open import probe_backend
 from sdopt.bench.report import Stage
 from sdopt.bench.roofline import count_flops
 from sdopt.bench.steady import Effort
+from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings
 from sdopt.fidelity.draw import draw_isolated, read_drawing

@@ -21,13 +21,13 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from sdopt.artifacts.configs import find_config
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT
 from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_layers
+from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sdopt.artifacts.files import hash_file, resolve_inside
 from sdopt.artifacts.manifest import BundleManifest, FileRecord, read_config
+from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.shape import Extent

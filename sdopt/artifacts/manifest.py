@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdopt.artifacts.files import resolve_inside, write_file
+from sdopt.disk.files import resolve_inside, write_file
 from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family, Prediction

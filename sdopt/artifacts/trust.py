@@ -13,9 +13,9 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors, hash_file, write_file
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest
-from sdopt.artifacts.store import cache_root
+from sdopt.disk.files import disk_errors, hash_file, write_file
+from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")

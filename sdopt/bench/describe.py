@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import find_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
 from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.bench.candidates import Candidate
 from sdopt.bench.report import CandidateKind, CaseRecord, Scope
+from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.scene import Scene
 from sdopt.model.component import ComponentName

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
+from sdopt.disk.files import write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

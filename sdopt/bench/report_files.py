@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdopt.artifacts.files import write_file
 from sdopt.bench.csv_export import format_samples, format_summary
 from sdopt.bench.render import IndexEntry, render_html, render_index
 from sdopt.bench.report import write_report
 from sdopt.bench.run import BenchResult
+from sdopt.disk.files import write_file
 
 
 def write_report_files(folder: Path, result: BenchResult) -> Path:

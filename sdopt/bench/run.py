@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from sdopt import progress
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
@@ -36,6 +35,7 @@ from sdopt.bench.report import (
 from sdopt.bench.roofline import find_roof
 from sdopt.bench.steady import Effort
 from sdopt.bench.suites import SuiteRun
+from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing

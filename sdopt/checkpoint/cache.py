@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors
-from sdopt.artifacts.store import cache_root
+from sdopt.disk.files import disk_errors
+from sdopt.disk.store import cache_root
 
 
 def open_cache_folder(kind: str) -> Path:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors
 from sdopt.checkpoint.weights import INDEX_NAME
+from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")

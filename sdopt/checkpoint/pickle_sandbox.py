@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from sdopt.artifacts.files import disk_errors, fsync_folder, hash_file, require_free_disk
 from sdopt.artifacts.safetensors_file import plan_layout, read_header
 from sdopt.checkpoint.cache import open_cache_folder
+from sdopt.disk.files import disk_errors, fsync_folder, hash_file, require_free_disk
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.precision import DType

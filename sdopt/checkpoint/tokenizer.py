@@ -14,9 +14,9 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors, fsync_folder, write_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.checkpoint.cache import open_cache_folder
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import disk_errors, fsync_folder, write_file
 
 VOCABULARY = 49408
 END_OF_TEXT = "<|endoftext|>"

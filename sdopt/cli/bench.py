@@ -139,7 +139,7 @@ def _prepare(report: Path) -> None:
     """Fail before the work, not after it: without the libraries of the report, and for a folder that cannot
     be.
     """
-    from sdopt.artifacts.files import disk_errors
+    from sdopt.disk.files import disk_errors
 
     try:
         import jinja2  # noqa: F401

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from sdopt import progress
-from sdopt.artifacts.files import hash_file, write_file
 from sdopt.cli.text import neutralise
+from sdopt.disk.files import hash_file, write_file
 from sdopt.errors import RecipeError
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 

@@ -21,8 +21,8 @@ def doctor(as_json: bool) -> None:
     """
     from sdopt.artifacts.gpu import find_gpus
     from sdopt.artifacts.machine import describe_machine
-    from sdopt.artifacts.store import cache_root
     from sdopt.backends.open import fastest_cpu_settings, probe_all
+    from sdopt.disk.store import cache_root
     from sdopt.model.precision import Precision
 
     machine, probes, gpus, buildable = describe_machine(), probe_all(), find_gpus(), _list_buildable()

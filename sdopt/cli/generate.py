@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from sdopt import progress
-from sdopt.artifacts.files import disk_errors
 from sdopt.cli.text import TRUST_ENGINE_HELP
+from sdopt.disk.files import disk_errors
 from sdopt.errors import UsageError
 from sdopt.model.shape import parse_size
 from sdopt.pipeline.generate import GenerateRequest, parse_request

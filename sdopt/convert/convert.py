@@ -12,8 +12,6 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.artifacts.bundle import find_damage, record_file
-from sdopt.artifacts.files import require_free_disk, write_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import (
     MANIFEST_NAME,
@@ -29,7 +27,6 @@ from sdopt.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
-from sdopt.artifacts.store import Store, cache_root
 from sdopt.convert.files import make_card, write_small_files
 from sdopt.convert.graphs import find_graph, trace_missing
 from sdopt.convert.judge import PictureJudge, judge
@@ -39,6 +36,9 @@ from sdopt.convert.plans.wanted import generations, library_version, require_bui
 from sdopt.convert.quantize.stage import Shop, quantize
 from sdopt.convert.resolve import BuildPlan, require_backends
 from sdopt.convert.staging import Staging, drop_unknown, locked, require_ours
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import require_free_disk, write_file
+from sdopt.disk.store import Store, cache_root
 from sdopt.errors import ArtifactError, ExportError
 from sdopt.isolation import kill_children
 from sdopt.model.component import ComponentName

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sdopt._version import __version__
-from sdopt.artifacts.files import disk_errors, write_file
 from sdopt.artifacts.manifest import BundleManifest, Verdict
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.resolve import BuildPlan
+from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, has_projection
 from sdopt.model.family import Family

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.artifacts.manifest import GraphAudit
-from sdopt.artifacts.store import Store
 from sdopt.convert.resolve import BuildPlan
+from sdopt.disk.store import Store
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import DType

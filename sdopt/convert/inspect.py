@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.artifacts.plan_header import read_plan_header
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.disk.files import hash_file
 from sdopt.graph.audit import check_graph_file
 
 

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt.artifacts.files import hash_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
-from sdopt.artifacts.store import Store
 from sdopt.convert.staging import Staging
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import hash_file
+from sdopt.disk.store import Store
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.model.precision import Precision

@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import ParityRecord
 from sdopt.artifacts.safetensors_file import TensorRef
-from sdopt.artifacts.store import Store
 from sdopt.backends.open import probe_backend
 from sdopt.convert.resolve import BuildPlan
+from sdopt.disk.digest import digest_of
+from sdopt.disk.store import Store
 from sdopt.errors import MissingDependency, ParityError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import MappingProxyType
 
-from sdopt.artifacts.configs import find_config
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import fastest_cpu_settings, probe_backend
 from sdopt.checkpoint.model import Checkpoint
+from sdopt.disk.configs import find_config
+from sdopt.disk.digest import digest_of
 from sdopt.errors import MissingDependency, MissingHardware, RecipeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
 from sdopt.model.family import Family

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt import progress
 from sdopt.artifacts.bundle import find_damage
-from sdopt.artifacts.files import disk_errors, fsync_folder, write_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import MANIFEST_NAME, FileRecord
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 

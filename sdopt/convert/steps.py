@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.store import Store, cache_root
 from sdopt.convert.convert import find_finished
 from sdopt.convert.graphs import find_graph
 from sdopt.convert.plans.wanted import generations, peak_bytes
 from sdopt.convert.resolve import BuildPlan, ComponentPlan
 from sdopt.convert.staging import Staging
+from sdopt.disk.store import Store, cache_root
 from sdopt.model.component import ComponentName
 
 # Rough rates of two cores, to tell seconds from minutes; benchmarks/export_budget.py measures real builds.

@@ -23,10 +23,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
-from sdopt.artifacts.store import Store, cache_root
 from sdopt.convert.resolve import BuildPlan, PrecisionChoice
+from sdopt.disk.digest import digest_of
+from sdopt.disk.store import Store, cache_root
 from sdopt.fidelity.metrics import compute_psnr, to_picture
 from sdopt.fidelity.scene import paint_image
 from sdopt.fidelity.verdict import LIMITS

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt._version import __version__
-from sdopt.artifacts.files import disk_errors, fsync_folder, require_free_disk, resolve_inside, write_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest, read_manifest
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import disk_errors, fsync_folder, require_free_disk, resolve_inside, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.preflight import require_sound

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.files import disk_errors, write_file
+from sdopt.disk.files import disk_errors, write_file
 from sdopt.perf.record import MetricKind, RunRecord, SeriesKey
 from sdopt.perf.view import Point, list_points
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import EnvironmentRecord, GpuRecord
+from sdopt.disk.digest import digest_of
 
 _DIGITS = 16
 # The kernel keeps some MB for itself, and not the same after every update.

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
-from sdopt.artifacts.files import disk_errors, fsync_folder
+from sdopt.disk.files import disk_errors, fsync_folder
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.perf.record import SCHEMA_VERSION, RunRecord
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sdopt.artifacts.files import write_file
+from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
 from sdopt.perf.alarm_page import render_markdown, render_page
 from sdopt.perf.confirm import SameNight

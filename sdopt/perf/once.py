@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.manifest import MANIFEST_NAME
 from sdopt.bench.report import write_report
 from sdopt.bench.suite import SuiteCase, SuiteMethod
 from sdopt.bench.suites import SuiteRun
+from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.isolation import JsonTable
 from sdopt.perf.worktree import require_tree

@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sdopt.artifacts.files import disk_errors, write_file
 from sdopt.bench.csv_export import quote_formula
+from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import MissingDependency
 from sdopt.perf.nights import NIGHTS, relative_change
 from sdopt.perf.record import Metric, MetricKind, RunRecord, SeriesKey

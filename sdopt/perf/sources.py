@@ -9,8 +9,8 @@ from pathlib import Path
 
 import sdopt
 from sdopt import progress
-from sdopt.artifacts.files import disk_errors
-from sdopt.artifacts.store import cache_root
+from sdopt.disk.files import disk_errors
+from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
 from sdopt.isolation import run_isolated
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sdopt
-from sdopt.artifacts.store import cache_root
+from sdopt.disk.store import cache_root
 from sdopt.errors import SdoptError, UsageError
 from sdopt.isolation import JsonTable, run_isolated
 

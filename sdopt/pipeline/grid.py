@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdopt.artifacts.files import write_file
+from sdopt.disk.files import write_file
 
 _GAP_PX = 4
 # Pictures of a small model are enlarged to be seen; pixels stay sharp.

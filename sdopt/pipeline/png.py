@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import sdopt
-from sdopt.artifacts.files import disk_errors, write_file
+from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.pipeline.generate import GenerateRequest
 from sdopt.pipeline.infotext import format_infotext, parse_infotext

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sdopt import progress
-from sdopt.artifacts.files import write_file
+from sdopt.disk.files import write_file
 from sdopt.errors import CalibrationError, MissingDependency
 from sdopt.model.quantization import CalibrationSettings
 from sdopt.quantize.observers import BINS, ChannelLargest, Histogram, Largest, Observer

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sdopt import progress
-from sdopt.artifacts.files import disk_errors
 from sdopt.artifacts.safetensors_file import Layout, TensorRef, plan_layout
+from sdopt.disk.files import disk_errors
 from sdopt.errors import CalibrationError
 from sdopt.model.precision import DType
 from sdopt.model.quantization import INT4_BLOCK, Scheme

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sdopt import progress
-from sdopt.artifacts.files import disk_errors
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sdopt.convert.quantize.calibrate as stage
-from sdopt.artifacts.store import Store
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.quantize.calibrate import calibrate, calibrate_in_child
 from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.convert.resolve import BuildPlan, ComponentPlan, resolve_build
+from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError
 from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.artifacts.configs import find_config, find_prompts, read_prompts
+from sdopt.disk.configs import find_config, find_prompts, read_prompts
 from sdopt.errors import RecipeError
 from sdopt.model.quantization import CalibrationSettings
 from tests.conftest import TINY_SHAPES
@@ -40,7 +40,7 @@ def test_a_path_is_the_users_own_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_wheel_has_them_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sdopt.artifacts.configs as configs
+    import sdopt.disk.configs as configs
 
     (tmp_path / "sdopt" / "configs" / "prompts").mkdir(parents=True)
     (tmp_path / "sdopt" / "configs" / "prompts" / "general.txt").write_text("a")

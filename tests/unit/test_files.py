@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts import files
-from sdopt.artifacts.files import disk_errors, hash_file, require_free_disk, resolve_inside, write_file
+from sdopt.disk import files
+from sdopt.disk.files import disk_errors, hash_file, require_free_disk, resolve_inside, write_file
 from sdopt.errors import ArtifactError, MissingHardware, UnsafeInputError
 
 pieces = st.sampled_from(["..", ".", "", "a", "b", "link", "/", "\\", "c:", "\0", "~", "...", "a b", "%2e%2e"])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
-from sdopt.artifacts.store import Store
 from sdopt.convert import judge as judge_module
 from sdopt.convert.judge import PictureJudge, judge
 from sdopt.convert.staging import Staging
+from sdopt.disk.store import Store
 from sdopt.fidelity import verdict as verdict_module
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle

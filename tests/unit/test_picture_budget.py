@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, ImageFidelity, Verdict
-from sdopt.artifacts.store import Store
 from sdopt.convert.judge import PictureJudge
 from sdopt.convert.staging import Staging
+from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity import verdict as verdict_module
 from sdopt.fidelity.draw import Drawing

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from sdopt.artifacts.files import write_file
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
+from sdopt.disk.files import write_file
 from sdopt.model.family import Family
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline

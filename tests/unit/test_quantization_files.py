@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sdopt.artifacts.configs import find_config
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.cli.convert import dump_recipe, merge_recipe
 from sdopt.convert.resolve import BuildPlan, resolve_build
+from sdopt.disk.configs import find_config
 from sdopt.errors import RecipeError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision

@@ -23,7 +23,6 @@ import sdopt.convert.quantize.candidate as candidate_module
 import sdopt.convert.quantize.stage as stage
 import sdopt.convert.quantize.trials as trials_module
 from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
-from sdopt.artifacts.store import Store
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import judge as judge_module
 from sdopt.convert.judge import runnable_here
@@ -36,6 +35,7 @@ from sdopt.convert.quantize.trials import Trial, TrialJob, TrialRecord, measure_
 from sdopt.convert.quantize.variants import Stock
 from sdopt.convert.resolve import BuildPlan, resolve_build
 from sdopt.convert.staging import Staging
+from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer

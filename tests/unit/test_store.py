@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.artifacts import store as store_module
-from sdopt.artifacts.store import Store, cache_root
+from sdopt.disk import store as store_module
+from sdopt.disk.store import Store, cache_root
 from sdopt.errors import MissingHardware
 
 KEY = "ab" * 32
@@ -131,7 +131,7 @@ STEPS_UNSEEN = 8
 def test_a_killed_put_leaves_nothing_half_made_to_be_seen(after: int, tmp_path: Path) -> None:
     """The process kills itself before the n-th step of a put; after the rename the entry is whole."""
     code = (
-        "import os, signal, sys; from pathlib import Path; import sdopt.artifacts.store as s; n = 0\n"
+        "import os, signal, sys; from pathlib import Path; import sdopt.disk.store as s; n = 0\n"
         "def dying(real):\n"
         "    def call(*a, **k):\n"
         "        global n; n += 1\n"

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdopt.convert.quantize.trajectories as stage
-from sdopt.artifacts.store import Store
 from sdopt.convert.quantize.recording import read_calls
 from sdopt.convert.quantize.trajectories import (
     Trajectories,
@@ -20,6 +19,7 @@ from sdopt.convert.quantize.trajectories import (
     record_trajectories,
     shift_timesteps,
 )
+from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, RecipeError
 from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.artifacts.trust import list_untrusted, parse_digest, remember_built, remember_named
+from sdopt.disk.files import hash_file
 from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
 from sdopt.pipeline.load import load_pipeline
 from sdopt.pipeline.preflight import require_sound, require_trusted

@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.files import write_file
-from sdopt.artifacts.store import cache_root
 from sdopt.backends.gpu import GpuIdentity
+from sdopt.disk.files import write_file
+from sdopt.disk.store import cache_root
 from sdopt.errors import SdoptError
 
 _DIGEST_BYTES = 32

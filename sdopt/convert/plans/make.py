@@ -18,10 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.artifacts.files import disk_errors, hash_file, write_file
 from sdopt.artifacts.machine import describe_system
 from sdopt.artifacts.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
-from sdopt.artifacts.store import Store
 from sdopt.artifacts.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
@@ -35,6 +33,8 @@ from sdopt.convert.plans.wanted import (
     requires_fused,
 )
 from sdopt.convert.resolve import BuildPlan
+from sdopt.disk.files import disk_errors, hash_file, write_file
+from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError
 from sdopt.isolation import kill_children, run_isolated
 from sdopt.model.component import ComponentName

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.safetensors_file import TensorRef
-from sdopt.artifacts.store import Store
 from sdopt.convert.quantize.recording import read_calls
 from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.convert.resolve import ComponentPlan
+from sdopt.disk.digest import digest_of
+from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, MissingDependency
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName

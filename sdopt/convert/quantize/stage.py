@@ -13,10 +13,7 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.artifacts.bundle import record_file
-from sdopt.artifacts.configs import find_prompts
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest, FileRecord, Verdict, read_config
-from sdopt.artifacts.store import Store
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.judge import PictureJudge, runnable_here, stand_in
 from sdopt.convert.quantize.calibrate import calibrate
@@ -27,6 +24,9 @@ from sdopt.convert.quantize.trials import FORMAT, TrialJob
 from sdopt.convert.quantize.variants import find_layers, stock_layers
 from sdopt.convert.resolve import BuildPlan
 from sdopt.convert.staging import Staging
+from sdopt.disk.configs import find_prompts
+from sdopt.disk.digest import digest_of
+from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer

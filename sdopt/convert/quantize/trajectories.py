@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.files import hash_file
-from sdopt.artifacts.fingerprint import digest_of
 from sdopt.artifacts.manifest import BundleManifest
-from sdopt.artifacts.store import Store
 from sdopt.convert.quantize.recording import Recorder
+from sdopt.disk.digest import digest_of
+from sdopt.disk.files import hash_file
+from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, RecipeError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.draw import build_call

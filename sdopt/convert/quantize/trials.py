@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sdopt import progress
 from sdopt.artifacts.manifest import SpeedupRecord
-from sdopt.artifacts.store import Store
 from sdopt.convert.quantize.recording import Call, read_calls
 from sdopt.convert.quantize.speed import compare_pairs, take_turns
 from sdopt.convert.quantize.variants import Stock, write_trial
+from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentSpec

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import Tensor
 
-from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import FileRecord
 from sdopt.artifacts.safetensors_file import TensorRef, plan_layout, read_header
 from sdopt.convert.graphs import GRAPH_NAME
+from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
 from sdopt.model.precision import DType
 from sdopt.quantize.weights import QuantizedLayer, write_quantized

@@ -14,13 +14,13 @@ from pathlib import Path
 import onnx
 
 from sdopt.artifacts.bundle import bundle_extents
-from sdopt.artifacts.files import disk_errors, fsync_folder, write_file
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.open import probe_backend
 from sdopt.backends.tensorrt.audit import allow_decomposed_attention
 from sdopt.backends.tensorrt.builder import Bounds, BuildOptions, build_plan
 from sdopt.backends.tensorrt.library import Kind, load_library
 from sdopt.backends.tensorrt.network import parse_graph
+from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import MissingDependency, UsageError
 from sdopt.export.comfyui.flat_graph import adapt_unet
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes

@@ -16,8 +16,8 @@ from typing import Any
 
 from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents
-from sdopt.artifacts.files import write_file
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config
+from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 from sdopt.export.triton.config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote

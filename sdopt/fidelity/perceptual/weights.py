@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.files import hash_file
 from sdopt.artifacts.safetensors_file import TensorRef, read_header
+from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError, UsageError
 
 NOT_MEASURED = "not measured (no weights)"

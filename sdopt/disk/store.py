@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from sdopt.artifacts.files import disk_errors, fsync_file, fsync_folder, hash_file
+from sdopt.disk.files import disk_errors, fsync_file, fsync_folder, hash_file
 
 _ENTRY_NAME = "entry.json"
 
