@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
+from sdopt.weights.safetensors_header import TensorRef, plan_layout
 
 State = dict[str, Tensor]
 

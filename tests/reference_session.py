@@ -34,7 +34,7 @@ from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, Dialect, TorchSettings
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 # Tests run beside each other, and these networks are too small to share out.
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.component import TensorSpec, vae_factor
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import OnnxRuntimeSettings
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 try:
     import onnxruntime

@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from sdopt.artifacts.manifest import PlanRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
 from sdopt.model.precision import Precision
 from sdopt.model.shape import CHUNK_TOKENS, Extent, nearest_profile
+from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from accelerate import init_empty_weights
 
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.gpu import describe_missing_gpu, find_gpu
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
 from sdopt.backends.session import EngineSession
@@ -17,7 +16,8 @@ from sdopt.errors import MissingHardware
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import TorchSettings
 from sdopt.networks.modules import build_network, default_dtype
-from sdopt.networks.tensors import TORCH_DTYPES, load_weights
+from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.to_torch import TORCH_DTYPES, load_weights
 
 _COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 

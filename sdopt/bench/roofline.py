@@ -77,7 +77,7 @@ def count_flops(files: ComponentFiles) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from sdopt.networks.modules import build_network
-    from sdopt.networks.tensors import TORCH_DTYPES
+    from sdopt.weights.to_torch import TORCH_DTYPES
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = build_network(files.name, files.config)

@@ -91,7 +91,7 @@ class _Step:
     def __init__(self, clock: Clock, session: Session, inputs: Path) -> None:
         from safetensors.torch import load_file
 
-        from sdopt.networks.tensors import TORCH_DTYPES
+        from sdopt.weights.to_torch import TORCH_DTYPES
 
         values, spec = load_file(inputs), session.spec
         self._clock, self._session, self._checked = clock, session, False

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.artifacts.manifest import MANIFEST_NAME, SourceRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.match import match_component
 from sdopt.checkpoint.model import Checkpoint, ComponentSource
 from sdopt.checkpoint.weights import INDEX_NAME, open_component_weights, read_json
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
+from sdopt.weights.safetensors_header import TensorRef
 
 _AGAIN = "download the whole model again"
 _PIPELINES = re.compile(

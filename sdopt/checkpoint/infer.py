@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.ldm import Stage, UNetLayout
 from sdopt.errors import CheckpointError
 from sdopt.model.family import Family, Prediction
+from sdopt.weights.safetensors_header import TensorRef
 
 Tensors = Mapping[str, TensorRef]
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import CheckpointError
+from sdopt.weights.safetensors_header import TensorRef
 
 Tensors = Mapping[str, TensorRef]
 

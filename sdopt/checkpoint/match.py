@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.model import ComponentSource
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
+from sdopt.weights.safetensors_header import TensorRef
 
 _SHOWN = 5
 # Attention of the VAE before diffusers 0.15.

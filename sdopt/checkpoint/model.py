@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.artifacts.manifest import SourceRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
+from sdopt.weights.safetensors_header import TensorRef
 
 
 @dataclass(frozen=True)

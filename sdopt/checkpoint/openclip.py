@@ -9,8 +9,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import CheckpointError
+from sdopt.weights.safetensors_header import TensorRef
 
 _ENDS = {
     "positional_embedding": "embeddings.position_embedding.weight",

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from sdopt.artifacts.safetensors_file import plan_layout, read_header
 from sdopt.checkpoint.cache import open_cache_folder
 from sdopt.disk.files import disk_errors, fsync_folder, hash_file, require_free_disk
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.precision import DType
+from sdopt.weights.safetensors_header import plan_layout, read_header
 
 # Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is
 # read.

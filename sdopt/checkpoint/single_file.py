@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.artifacts.manifest import SourceRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.folder import is_inpainting, open_vae_folder, split_vae
 from sdopt.checkpoint.identify import advise, name_kind
 from sdopt.checkpoint.infer import infer_family, infer_text_encoder, infer_unet, infer_vae, sample_size
@@ -22,6 +21,7 @@ from sdopt.checkpoint.weights import open_tensors_file
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
+from sdopt.weights.safetensors_header import TensorRef
 
 Tensors = Mapping[str, TensorRef]
 Components = dict[ComponentName, ComponentSource]

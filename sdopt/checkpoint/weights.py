@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdopt.artifacts.safetensors_file import SafetensorsFile, TensorRef, read_header
 from sdopt.errors import CheckpointError, UnsafeInputError
+from sdopt.weights.safetensors_header import SafetensorsFile, TensorRef, read_header
 
 INDEX_NAME = "model_index.json"
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

@@ -12,7 +12,6 @@ from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents, find_damage
 from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.artifacts.trust import parse_digest, remember_named
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
@@ -20,6 +19,7 @@ from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.shape import Extent
 from sdopt.pipeline.preflight import find_bad_plans, require_runnable, require_trusted
+from sdopt.weights.safetensors_header import read_header
 
 
 @dataclass(frozen=True)

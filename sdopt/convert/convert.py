@@ -44,7 +44,7 @@ from sdopt.isolation import kill_children
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import QuantizationSettings
 from sdopt.trace.bind import WEIGHTS_NAME
-from sdopt.trace.weights import write_weights
+from sdopt.weights.stream import write_weights
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000

@@ -18,7 +18,7 @@ from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
-from sdopt.trace.weights import storage_layout
+from sdopt.weights.stream import storage_layout
 
 STAGE = "graph"
 GRAPH_NAME = "model.onnx"

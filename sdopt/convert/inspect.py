@@ -9,10 +9,10 @@ from typing import Any
 
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.artifacts.plan_header import read_plan_header
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
 from sdopt.graph.audit import check_graph_file
+from sdopt.weights.safetensors_header import TensorRef
 
 
 def inspect_source(source: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.infer import sample_size
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.checkpoint.scheduler import with_prediction
@@ -19,6 +18,7 @@ from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
 from sdopt.model.recipe import BuildRecipe
+from sdopt.weights.safetensors_header import TensorRef
 
 _TENSORS = TypeAdapter(dict[str, TensorRef])
 
@@ -60,7 +60,7 @@ def probe_in_child(arguments: JsonTable) -> JsonTable:
     from accelerate import init_empty_weights
 
     from sdopt.networks.modules import build_network
-    from sdopt.networks.tensors import load_weights
+    from sdopt.weights.to_torch import load_weights
 
     config = arguments["config"]
     with init_empty_weights(include_buffers=False):

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.artifacts.manifest import ParityRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import probe_backend
 from sdopt.convert.resolve import BuildPlan
 from sdopt.disk.digest import digest_of
@@ -25,6 +24,7 @@ from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
+from sdopt.weights.safetensors_header import TensorRef
 
 STAGE = "parity"
 _RECORD_NAME = "parity.json"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import MappingProxyType
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import fastest_cpu_settings, probe_backend
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.disk.configs import find_config
@@ -32,7 +31,8 @@ from sdopt.model.recipe import (
 )
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
 from sdopt.model.target import Runtime, Target
-from sdopt.trace.weights import identify_weights, storage_layout
+from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.stream import identify_weights, storage_layout
 
 _DYNAMIC_SIDE_PX = (256, 1024)
 _DYNAMIC_BATCH = 4

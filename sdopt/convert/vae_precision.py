@@ -23,7 +23,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.convert.resolve import BuildPlan, PrecisionChoice
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store, cache_root
@@ -34,6 +33,7 @@ from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import TensorRTSettings
+from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -186,7 +186,7 @@ def _open(job: MeasureJob, name: ComponentName, dtype: DType) -> nn.Module:
     from accelerate import init_empty_weights
 
     from sdopt.networks.modules import build_network, default_dtype
-    from sdopt.networks.tensors import TORCH_DTYPES, load_weights
+    from sdopt.weights.to_torch import TORCH_DTYPES, load_weights
 
     with default_dtype(TORCH_DTYPES[dtype]), init_empty_weights(include_buffers=False):
         network = build_network(name, job.configs[name])

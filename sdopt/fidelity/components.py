@@ -78,10 +78,10 @@ def run_torch(arguments: JsonTable) -> JsonTable:
     """Entry of the first child."""
     from safetensors.torch import save_file
 
-    from sdopt.artifacts.safetensors_file import read_header
     from sdopt.fidelity.origin import find_origin
     from sdopt.pipeline.load import component_files
     from sdopt.trace.parity import load_reference, make_inputs, run_reference
+    from sdopt.weights.safetensors_header import read_header
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
@@ -126,8 +126,8 @@ def _compare(files: ComponentFiles, settings: BackendSettings, outputs: Path) ->
     from safetensors.torch import load_file
 
     from sdopt.backends.open import open_session
-    from sdopt.networks.tensors import TORCH_DTYPES
     from sdopt.trace.parity import compare_outputs
+    from sdopt.weights.to_torch import TORCH_DTYPES
 
     if not (outputs / f"{files.name}.safetensors").is_file():
         return None

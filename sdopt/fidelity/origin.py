@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sdopt.artifacts.manifest import BundleManifest
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, CheckpointError
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import graph_dtype
-from sdopt.trace.weights import identify_weights
+from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.stream import identify_weights
 
 
 def find_origin(manifest: BundleManifest) -> dict[ComponentName, Mapping[str, TensorRef]]:

@@ -14,16 +14,16 @@ from typing import Any
 import diffusers
 
 from sdopt.artifacts.manifest import BundleManifest, read_config
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.protocol import Session
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
-from sdopt.networks.tensors import read_tensor
 from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
 from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
+from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.to_torch import read_tensor
 
 _REQUIRED = {
     Family.SD1: {ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER},

@@ -12,7 +12,7 @@ import torch
 
 from sdopt.backends.protocol import check_inputs
 from sdopt.errors import ShapeError
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from sdopt.backends.protocol import Session

@@ -12,13 +12,13 @@ import diffusers
 from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents, bundle_profiles
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config, read_manifest
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.networks import EngineModule
 from sdopt.pipeline.preflight import require_runnable, require_sound, require_trusted
+from sdopt.weights.safetensors_header import TensorRef
 
 
 def load_pipeline(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sdopt import progress
-from sdopt.artifacts.safetensors_file import Layout, TensorRef, plan_layout
 from sdopt.disk.files import disk_errors
 from sdopt.errors import CalibrationError
 from sdopt.model.precision import DType
 from sdopt.model.quantization import INT4_BLOCK, Scheme
-from sdopt.networks.tensors import TORCH_DTYPES, read_tensor
+from sdopt.weights.safetensors_header import Layout, TensorRef, plan_layout
+from sdopt.weights.to_torch import TORCH_DTYPES, read_tensor
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

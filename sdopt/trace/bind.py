@@ -12,9 +12,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
 from sdopt.errors import ExportError
 from sdopt.model.precision import DType
+from sdopt.weights.safetensors_header import TensorRef, plan_layout
 
 WEIGHTS_NAME = "weights.safetensors"
 

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdopt.artifacts.manifest import OutputParity, ParityRecord
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.model.component import ComponentName, ComponentSpec, Config, TensorSpec, Tolerance
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
 from sdopt.networks.modules import build_network, default_dtype
-from sdopt.networks.tensors import TORCH_DTYPES, load_weights
+from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.to_torch import TORCH_DTYPES, load_weights
 
 # fp16 keeps 11 bits of 24 and a deep network adds the roundings up; SD1.5's UNet is about 3e-3 from fp32.
 _FP16_FACTOR = 20.0

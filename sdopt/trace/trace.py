@@ -27,7 +27,7 @@ from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
 from sdopt.networks.modules import build_network, count_attention_layers, default_dtype, tensor_names
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 _OPSETS = {Dialect.NATIVE_ATTENTION: 23, Dialect.DECOMPOSED: 18}
 

@@ -18,9 +18,9 @@ from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDe
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
-from sdopt.networks.tensors import TORCH_DTYPES
 from sdopt.pipeline.load import component_files
 from sdopt.trace.parity import make_inputs
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 # Relative L2 distance from torch fp32 that is rounding: fp32 by the order of sums, bf16 by its 8 bits in every layer.
 BACKENDS: dict[str, tuple[BackendSettings, float]] = {

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdopt.artifacts.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.convert.convert import convert
 from sdopt.convert.open import open_plan
 from sdopt.convert.quantize import trials, variants
@@ -31,6 +30,7 @@ from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
 from sdopt.model.recipe import TorchSettings, parse_recipe
+from sdopt.weights.safetensors_header import read_header
 from tests.conftest import TINY_SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

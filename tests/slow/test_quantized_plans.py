@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 
 from sdopt.artifacts.manifest import PlanAudit, read_manifest
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.tensorrt import network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
 from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
@@ -30,6 +29,7 @@ from sdopt.graph.qdq import LayerChoice
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
+from sdopt.weights.safetensors_header import read_header
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed", exc_type=ImportError)
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from sdopt.artifacts.manifest import ParityRecord
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.convert import graphs
@@ -22,7 +21,8 @@ from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.target import parse_target
 from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
-from sdopt.trace.weights import write_weights
+from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.stream import write_weights
 from tests.conftest import TINY_SHAPES
 
 # The networks are too small to share out, and tests run beside each other.

@@ -27,9 +27,9 @@ from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
 from sdopt.model.recipe import BuildRecipe
 from sdopt.networks.modules import build_network
-from sdopt.networks.tensors import load_weights
 from sdopt.quantize.observers import BINS, Histogram
 from sdopt.quantize.scales import LayerScales, collect_scales, find_amax, find_smoothing
+from sdopt.weights.to_torch import load_weights
 from tests.conftest import TINY_SHAPES
 
 MAX, PERCENTILE, ENTROPY = (CalibrationSettings(scales=kind) for kind in ("max", "percentile", "entropy"))

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.checkpoint.pickle_sandbox import convert_pickle
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
@@ -25,6 +24,7 @@ from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
+from sdopt.weights.safetensors_header import read_header
 from tests.checkpoints import make_model, read_tensor, small_recipe, to_original, write_hollow_file, write_single_file
 
 

@@ -21,7 +21,6 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import Session, ShowsKernels
 from sdopt.convert.quantize.variants import Stock, find_layers, publish_choice, stock_layers, write_trial
@@ -35,7 +34,8 @@ from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.trace.bind import bind_weights, rebind_weights
 from sdopt.trace.parity import load_reference, make_inputs
-from sdopt.trace.weights import storage_layout, write_weights
+from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.stream import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.conftest import TINY_SHAPES
 from tests.unit.test_trace import Built, build

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdopt.artifacts.safetensors_file import read_header
 from sdopt.errors import CalibrationError
 from sdopt.model.precision import DType
 from sdopt.model.quantization import INT4_BLOCK, Scheme
 from sdopt.quantize.weights import QuantizedLayer, plan_quantized, quantize_weight, write_quantized
+from sdopt.weights.safetensors_header import read_header
 
 INT8, FP8, W8, W4 = Scheme.INT8, Scheme.FP8, Scheme.INT8_WEIGHTS, Scheme.INT4_WEIGHTS
 DTYPES = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}

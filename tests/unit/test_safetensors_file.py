@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sdopt.artifacts.safetensors_file import plan_layout, read_header
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.model.precision import DType
-from sdopt.networks.tensors import TORCH_DTYPES, read_tensor
+from sdopt.weights.safetensors_header import plan_layout, read_header
+from sdopt.weights.to_torch import TORCH_DTYPES, read_tensor
 
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
     lambda n: n != "__metadata__"

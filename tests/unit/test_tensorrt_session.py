@@ -22,7 +22,7 @@ from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.recipe import TensorRTSettings
 from sdopt.model.shape import Extent, ShapeProfile
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 from tests import tensorrt_double as double
 
 RTX = TensorRTSettings(kind="tensorrt-rtx")

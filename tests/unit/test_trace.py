@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import sdopt.trace.trace
 from sdopt.artifacts.manifest import ParityRecord
-from sdopt.artifacts.safetensors_file import TensorRef, read_header
 from sdopt.backends.onnxruntime import OnnxRuntimeBackend
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.checkpoint.source import open_checkpoint
@@ -34,7 +33,8 @@ from sdopt.networks.modules import build_network, count_attention_layers
 from sdopt.trace.bind import bind_weights
 from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.trace.trace import trace_component
-from sdopt.trace.weights import storage_layout, write_weights
+from sdopt.weights.safetensors_header import TensorRef, read_header
+from sdopt.weights.stream import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 # The networks are too small to share out, and tests run beside each other.

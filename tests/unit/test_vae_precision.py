@@ -20,7 +20,7 @@ from sdopt.model.recipe import BuildRecipe
 from sdopt.model.target import parse_target
 from sdopt.networks.modules import build_network
 from sdopt.networks.overflow import find_largest, watch_magnitudes
-from sdopt.networks.tensors import load_weights
+from sdopt.weights.to_torch import load_weights
 from tests.conftest import TINY_SHAPES
 from tests.planted_overflow import DECODER_LAYER, ENCODER_LAYER, plant_overflow
 

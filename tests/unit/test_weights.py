@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import sdopt.trace.weights as weights_module
-from sdopt.artifacts.safetensors_file import TensorRef, plan_layout, read_header
+import sdopt.weights.stream as weights_module
 from sdopt.errors import CheckpointError, MissingHardware
 from sdopt.isolation import JsonTable, peak_rss_bytes, run_isolated
 from sdopt.model.precision import DType
-from sdopt.networks.tensors import TORCH_DTYPES
-from sdopt.trace.weights import WrittenWeights, storage_layout, write_weights
+from sdopt.weights.safetensors_header import TensorRef, plan_layout, read_header
+from sdopt.weights.stream import WrittenWeights, storage_layout, write_weights
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRef]:

@@ -11,7 +11,7 @@ from sdopt.backends.gpu import Gpu
 from sdopt.backends.tensorrt.engine import LoadedEngine
 from sdopt.errors import BackendError
 from sdopt.model.component import ComponentSpec
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 Shapes = tuple[tuple[int, ...], ...]
 

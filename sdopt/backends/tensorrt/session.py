@@ -18,7 +18,7 @@ from sdopt.disk.files import resolve_inside
 from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.recipe import TensorRTSettings
 from sdopt.model.shape import CHUNK_TOKENS, Extent
-from sdopt.networks.tensors import TORCH_DTYPES
+from sdopt.weights.to_torch import TORCH_DTYPES
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
 

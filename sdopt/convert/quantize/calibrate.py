@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.convert.quantize.recording import read_calls
 from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.convert.resolve import ComponentPlan
@@ -27,6 +26,7 @@ from sdopt.errors import ArtifactError, MissingDependency
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
+from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,7 +123,7 @@ def _open_network(job: Job) -> nn.Module:
     from accelerate import init_empty_weights
 
     from sdopt.networks.modules import build_network
-    from sdopt.networks.tensors import load_weights
+    from sdopt.weights.to_torch import load_weights
 
     with init_empty_weights(include_buffers=False):
         network = build_network(job.name, job.config)

@@ -166,6 +166,6 @@ def measure_error(session: Session, calls: Sequence[Call]) -> float:
 
 
 def _in_types(spec: ComponentSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from sdopt.networks.tensors import TORCH_DTYPES
+    from sdopt.weights.to_torch import TORCH_DTYPES
 
     return {tensor.name: inputs[tensor.name].to(TORCH_DTYPES[tensor.dtype]) for tensor in spec.inputs}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import CheckpointError
 from sdopt.fidelity.metrics import Picture
-from sdopt.networks.tensors import read_tensor
+from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.to_torch import read_tensor
 
 # Of the lpips package: what brings pictures in -1..1 to the mean and spread of ImageNet's.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

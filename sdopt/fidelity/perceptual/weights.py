@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.safetensors_file import TensorRef, read_header
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError, UsageError
+from sdopt.weights.safetensors_header import TensorRef, read_header
 
 NOT_MEASURED = "not measured (no weights)"
 _NAMES = ("lpips", "clip")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sdopt.artifacts.safetensors_file import TensorRef
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
+from sdopt.weights.safetensors_header import TensorRef
 
 TORCH_DTYPES = {
     DType.FP64: torch.float64, DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16,

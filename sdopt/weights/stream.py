@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sdopt import progress
-from sdopt.artifacts.safetensors_file import TensorRef, plan_layout
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
+from sdopt.weights.safetensors_header import TensorRef, plan_layout
 
 _CHUNK_BYTES = 16 << 20
 _EXPONENT_MASKS: Mapping[DType, tuple[type[np.unsignedinteger], int]] = {
