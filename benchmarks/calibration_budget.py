@@ -30,7 +30,6 @@ from export_budget import Row, measure
 from torch import nn
 
 from sdopt import progress
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.convert.open import open_plan
 from sdopt.convert.quantize.calibrate import STAGE as SCALES_STAGE
@@ -39,6 +38,7 @@ from sdopt.convert.quantize.trajectories import STAGE as TRAJECTORY_STAGE
 from sdopt.convert.quantize.trajectories import Trajectories, record_trajectories
 from sdopt.disk.configs import find_config, find_prompts
 from sdopt.disk.store import Store, cache_root
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.quantization import QuantizationSettings, parse_quantization
 from sdopt.networks.modules import build_network

@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import psutil
 
-from sdopt.artifacts.machine import describe_machine
+from sdopt.machine.environment import describe_machine
 
 _SAMPLE_S = 0.05
 

@@ -29,7 +29,6 @@ from typing import Any
 import click
 
 from benchmarks.roofline import find_peak_flops
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
 from sdopt.artifacts.plan_header import RTX_GENERATIONS
 from sdopt.backends.open import probe_backend
@@ -43,6 +42,7 @@ from sdopt.fidelity.draw import draw_isolated, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.isolation import run_isolated
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings

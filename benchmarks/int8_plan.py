@@ -21,7 +21,6 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
@@ -30,6 +29,7 @@ from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_l
 from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import run_isolated
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme, parse_quantization

@@ -27,9 +27,9 @@ import click
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from sdopt.artifacts.machine import describe_machine
 from sdopt.backends.protocol import MemoryUse
 from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType

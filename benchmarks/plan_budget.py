@@ -30,13 +30,13 @@ from typing import Any
 import click
 from export_budget import Row, measure
 
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.convert.open import open_plan
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans
 from sdopt.disk.store import Store
 from sdopt.isolation import run_isolated
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 
 _BUDGETS = {"sd15": (30.0, 5.7), "sdxl": (None, None)}

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import click
 
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, TorchSettings

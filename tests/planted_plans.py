@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.gpu import Gpu
-from sdopt.artifacts.machine import InstalledLibrary, Machine
 from sdopt.artifacts.manifest import BundleManifest, FileRecord, GpuRecord, PlanAudit, PlanRecord, write_manifest
+from sdopt.machine.environment import InstalledLibrary, Machine
+from sdopt.machine.gpus import Gpu
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import TensorRTSettings
 from tests.reference_session import make_bundle

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.gpu import Gpu
-from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, PlanRecord
 from sdopt.artifacts.plan_header import RTX_GENERATIONS
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
+from sdopt.machine.environment import Machine
+from sdopt.machine.gpus import Gpu
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

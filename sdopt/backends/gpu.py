@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sdopt.artifacts.gpu import find_gpus
 from sdopt.errors import MissingHardware
+from sdopt.machine.gpus import find_gpus
 
 
 @dataclass(frozen=True)

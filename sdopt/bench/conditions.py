@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdopt.artifacts.device_memory import find_handle, open_nvml
 from sdopt.bench.environment import list_own_cores
 from sdopt.bench.report import NEIGHBOURS_ALLOWED_CORES, BenchReport, Conditions
+from sdopt.machine.device_memory import find_handle, open_nvml
 
 # A virtual machine that is denied its time is as slow as one beside a neighbour.
 _STEAL_ALLOWED_CORES = 0.05

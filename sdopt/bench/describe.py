@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdopt.artifacts.machine import find_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
 from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.bench.candidates import Candidate
@@ -12,6 +11,7 @@ from sdopt.bench.report import CandidateKind, CaseRecord, Scope
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.scene import Scene
+from sdopt.machine.environment import find_machine
 from sdopt.model.component import ComponentName
 
 _OF_THIS_TOOL = (CandidateKind.ENGINES, CandidateKind.BUNDLE)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdopt.artifacts.device_memory import find_handle, open_nvml
+from sdopt.machine.device_memory import find_handle, open_nvml
 
 _RAPL_FOLDER = Path("/sys/class/powercap")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
-from sdopt.artifacts.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import Session
 from sdopt.bench.clock import Clock
@@ -28,6 +27,7 @@ from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_sett
 from sdopt.fidelity.draw import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
+from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.model.recipe import BackendSettings, needs_gpu
 
 if TYPE_CHECKING:

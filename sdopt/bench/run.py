@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from sdopt import progress
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.components import LayerTables, measure_component_errors, measure_layers
@@ -44,6 +43,7 @@ from sdopt.fidelity.perceptual.weights import PerceptualWeights
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
 from sdopt.isolation import JsonTable, Outcome, run_isolated
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import TorchSettings
 from sdopt.pipeline.preflight import require_sound, require_trusted

@@ -118,10 +118,10 @@ def require_finite(outputs: Mapping[str, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def open_unet(folder: Path, manifest: BundleManifest, settings: BackendSettings | None) -> Iterator[Session]:
     """The bundle's UNet with `settings`, or as the manifest names it. Raises what the backends raise."""
-    from sdopt.artifacts.machine import find_machine
     from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
+    from sdopt.machine.environment import find_machine
     from sdopt.pipeline.load import component_files
 
     name = ComponentName.UNET

@@ -154,8 +154,8 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
 
 
 def _next_steps(output: Path, manifest: BundleManifest) -> list[str]:
-    from sdopt.artifacts.gpu import find_gpus
     from sdopt.artifacts.manifest import MANIFEST_NAME
+    from sdopt.machine.gpus import find_gpus
     from sdopt.model.recipe import needs_gpu
 
     folder = shlex.quote(str(output))

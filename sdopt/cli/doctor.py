@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 if TYPE_CHECKING:
-    from sdopt.artifacts.gpu import Gpu
+    from sdopt.machine.gpus import Gpu
 
 
 @click.command()
@@ -19,10 +19,10 @@ def doctor(as_json: bool) -> None:
 
     The precisions are those that a runtime computes in here; the GPU generations those that plans can be built for.
     """
-    from sdopt.artifacts.gpu import find_gpus
-    from sdopt.artifacts.machine import describe_machine
     from sdopt.backends.open import fastest_cpu_settings, probe_all
     from sdopt.disk.store import cache_root
+    from sdopt.machine.environment import describe_machine
+    from sdopt.machine.gpus import find_gpus
     from sdopt.model.precision import Precision
 
     machine, probes, gpus, buildable = describe_machine(), probe_all(), find_gpus(), _list_buildable()
@@ -62,9 +62,9 @@ def doctor(as_json: bool) -> None:
 
 def _list_buildable() -> dict[str, list[str]]:
     """GPU generations that each installed TensorRT builds plans for here; general TensorRT only for the GPU it sees."""
-    from sdopt.artifacts.machine import find_machine
     from sdopt.backends.tensorrt.library import buildable_generations
     from sdopt.errors import MissingDependency
+    from sdopt.machine.environment import find_machine
     from sdopt.model.target import PORTABLE
 
     machine = find_machine()

@@ -10,11 +10,11 @@ import onnx
 
 from sdopt import progress
 from sdopt.artifacts.bundle import bundle_extents, find_damage
-from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
 from sdopt.artifacts.trust import parse_digest, remember_named
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
+from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.shape import Extent

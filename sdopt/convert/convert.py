@@ -12,7 +12,6 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.artifacts.bundle import find_damage, record_file
-from sdopt.artifacts.machine import describe_machine
 from sdopt.artifacts.manifest import (
     MANIFEST_NAME,
     BuildRecord,
@@ -41,6 +40,7 @@ from sdopt.disk.files import require_free_disk, write_file
 from sdopt.disk.store import Store, cache_root
 from sdopt.errors import ArtifactError, ExportError
 from sdopt.isolation import kill_children
+from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import QuantizationSettings
 from sdopt.trace.bind import WEIGHTS_NAME

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
 from sdopt.convert.staging import Staging
 from sdopt.disk.digest import digest_of
@@ -19,6 +18,7 @@ from sdopt.disk.files import hash_file
 from sdopt.disk.store import Store
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device
+from sdopt.machine.environment import Machine
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, needs_gpu
 from sdopt.pipeline.preflight import require_runnable

@@ -63,10 +63,10 @@ def open_candidate(
 
     `wrap` is called on each session before the pipeline sees it. Raises what the backends raise.
     """
-    from sdopt.artifacts.machine import find_machine
     from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
+    from sdopt.machine.environment import find_machine
     from sdopt.pipeline.assemble import assemble_pipeline
     from sdopt.pipeline.load import component_files
 

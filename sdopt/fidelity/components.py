@@ -101,9 +101,9 @@ def run_torch(arguments: JsonTable) -> JsonTable:
 
 def run_candidate(arguments: JsonTable) -> JsonTable:
     """Entry of the second child: a table of `ComponentError` by component."""
-    from sdopt.artifacts.machine import find_machine
     from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.fidelity.origin import find_origin
+    from sdopt.machine.environment import find_machine
     from sdopt.pipeline.load import component_files
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])

@@ -19,7 +19,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdopt import progress
-from sdopt.artifacts.machine import describe_machine
 from sdopt.bench.conditions import list_condition_problems, list_problems
 from sdopt.bench.environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, Conditions, read_report
@@ -28,6 +27,7 @@ from sdopt.bench.suites import SuiteRun, expand
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, SdoptError, UsageError
+from sdopt.machine.environment import describe_machine
 from sdopt.perf.bridge import find_bridge_commit
 from sdopt.perf.fingerprint import fingerprint_of
 from sdopt.perf.history import new_run_id

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdopt.artifacts.bundle import find_damage
-from sdopt.artifacts.machine import Machine, find_machine
 from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest
 from sdopt.artifacts.plan_choice import PlanChoice, choose_plans
 from sdopt.artifacts.plan_header import find_contradictions
@@ -22,6 +21,7 @@ from sdopt.backends.open import probe_backend
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
+from sdopt.machine.environment import Machine, find_machine
 from sdopt.model.recipe import TensorRTSettings
 
 _WEIGHTS_SUFFIX = "/weights.safetensors"

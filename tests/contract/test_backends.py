@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdopt.artifacts.machine import find_machine
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.backends.open import backend_for, open_session, probe_all, probe_backend
 from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
+from sdopt.machine.environment import find_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings

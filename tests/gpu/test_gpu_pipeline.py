@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import sdopt
-from sdopt.artifacts.device_memory import sample_device_memory
 from sdopt.backends.gpu import GpuIdentity
 from sdopt.backends.open import probe_backend
 from sdopt.fidelity.metrics import compute_psnr
+from sdopt.machine.device_memory import sample_device_memory
 from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings
 from sdopt.pipeline.load import close_engines
 from tests.conftest import TINY_SHAPES

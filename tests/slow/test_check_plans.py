@@ -20,12 +20,12 @@ import pytest
 
 import sdopt
 from sdopt.artifacts.bundle import record_file
-from sdopt.artifacts.gpu import find_gpus
 from sdopt.artifacts.manifest import read_manifest
 from sdopt.artifacts.plan_header import find_contradictions
 from sdopt.convert.check import check_bundle
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingHardware, SdoptError, UnsafeInputError
+from sdopt.machine.gpus import find_gpus
 from sdopt.pipeline.preflight import require_sound
 from tests.planted_plans import make_machine
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.device_memory import sample_device_memory
+from sdopt.machine.device_memory import sample_device_memory
 
 
 class FakeNvml:

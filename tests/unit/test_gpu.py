@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.gpu import find_gpus
-from sdopt.artifacts.machine import describe_machine, find_machine
+from sdopt.machine.environment import describe_machine, find_machine
+from sdopt.machine.gpus import find_gpus
 
 
 class NVMLError(Exception):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from sdopt.artifacts.device_memory import DeviceMemoryPeak
 from sdopt.cli.inspect import inspect
 from sdopt.convert.plans import child
 from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.machine.device_memory import DeviceMemoryPeak
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from tests.planted_plans import make_machine, make_plan, make_plan_file, write_plan_bundle

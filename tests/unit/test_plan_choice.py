@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.machine import Machine
 from sdopt.artifacts.manifest import BundleManifest, PlanRecord
 from sdopt.artifacts.plan_choice import PlanChoice, choose_plans
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
+from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.gpu import find_gpus
 from sdopt.backends.tensorrt.inspector import count_attention_kernels, inspect_attention
 from sdopt.backends.tensorrt.library import load_library
+from sdopt.machine.gpus import find_gpus
 
 
 def layer(name: str, tactic: str = "") -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.artifacts.machine import describe_system
 from sdopt.artifacts.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
 from sdopt.artifacts.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
@@ -37,6 +36,7 @@ from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError
 from sdopt.isolation import kill_children, run_isolated
+from sdopt.machine.environment import describe_system
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import Dialect, TensorRTSettings, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
