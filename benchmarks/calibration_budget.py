@@ -30,7 +30,7 @@ from export_budget import Row, measure
 from torch import nn
 
 from sdopt import progress
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.convert.open import open_plan
 from sdopt.convert.quantize.calibrate import STAGE as SCALES_STAGE
 from sdopt.convert.quantize.calibrate import calibrate

@@ -17,8 +17,8 @@ from typing import Any
 import click
 import torch
 
-from sdopt.artifacts.manifest import read_manifest
 from sdopt.backends.open import probe_backend
+from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.draw import draw_scene
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene

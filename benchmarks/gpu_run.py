@@ -29,12 +29,12 @@ from typing import Any
 import click
 
 from benchmarks.roofline import find_peak_flops
-from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
-from sdopt.artifacts.plan_header import RTX_GENERATIONS
 from sdopt.backends.open import probe_backend
 from sdopt.bench.report import Stage
 from sdopt.bench.roofline import count_flops
 from sdopt.bench.steady import Effort
+from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
+from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings

@@ -21,7 +21,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT

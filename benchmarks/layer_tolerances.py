@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.layers import compare_layers
 
 

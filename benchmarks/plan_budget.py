@@ -30,7 +30,7 @@ from typing import Any
 import click
 from export_budget import Row, measure
 
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.convert.open import open_plan
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from sdopt.artifacts.manifest import read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.machine.environment import describe_machine

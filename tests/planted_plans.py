@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import BundleManifest, FileRecord, GpuRecord, PlanAudit, PlanRecord, write_manifest
+from sdopt.bundle.manifest import BundleManifest, FileRecord, GpuRecord, PlanAudit, PlanRecord, write_manifest
 from sdopt.machine.environment import InstalledLibrary, Machine
 from sdopt.machine.gpus import Gpu
 from sdopt.model.component import ComponentName

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.artifacts.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
 from sdopt.bench.report import (
     BenchReport,
     CandidateKind,
@@ -27,6 +26,7 @@ from sdopt.bench.report import (
     Status,
 )
 from sdopt.bench.run import BenchResult
+from sdopt.bundle.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
 from sdopt.fidelity.draw import Drawing
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdopt
-from sdopt.artifacts.manifest import (
+from sdopt.backends.protocol import MemoryUse, check_inputs
+from sdopt.bundle.manifest import (
     BundleManifest,
     ComponentRecord,
     EnvironmentRecord,
@@ -27,7 +28,6 @@ from sdopt.artifacts.manifest import (
     SourceRecord,
     Verdict,
 )  # fmt: skip
-from sdopt.backends.protocol import MemoryUse, check_inputs
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component, vae_factor
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType, Precision

@@ -9,7 +9,7 @@ import shutil
 from enum import StrEnum
 from pathlib import Path
 
-from sdopt.artifacts.manifest import MANIFEST_NAME
+from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.errors import UsageError
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import TorchSettings

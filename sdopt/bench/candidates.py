@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, read_config, read_manifest
 from sdopt.bench.baselines import (
     Baseline,
     find_missing,
@@ -16,6 +15,7 @@ from sdopt.bench.baselines import (
     usual_baselines,
 )
 from sdopt.bench.report import CandidateKind
+from sdopt.bundle.manifest import BundleManifest, ComponentRecord, read_config, read_manifest
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import starts_from_image
@@ -24,7 +24,7 @@ from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
-from sdopt.pipeline.preflight import require_sound, require_trusted
+from sdopt.preflight.runnable import require_sound, require_trusted
 
 __all__ = ["ENGINES", "Baseline", "Candidate", "label_engines", "list_candidates", "parse_against"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BundleManifest
 from sdopt.bench.candidates import Candidate
 from sdopt.bench.report import CandidateKind, ComponentErrorRecord, LayerRecord, Scope
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.components import measure_components, run_reference_components
 from sdopt.fidelity.layers import compare_layers

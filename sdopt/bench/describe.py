@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
-from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.bench.candidates import Candidate
 from sdopt.bench.report import CandidateKind, CaseRecord, Scope
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.scene import Scene
 from sdopt.machine.environment import find_machine
 from sdopt.model.component import ComponentName
+from sdopt.preflight.plan_choice import choose_plans
 
 _OF_THIS_TOOL = (CandidateKind.ENGINES, CandidateKind.BUNDLE)
 # The pipeline takes its final layer norm from there, also where a plan computes the rest.

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import BundleManifest
 from sdopt.bench.candidates import Candidate
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable, Outcome, run_child

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sdopt.artifacts.manifest import ImageFidelity
 from sdopt.bench.candidates import ENGINES, Baseline
 from sdopt.bench.report import CandidateRecord
 from sdopt.bench.run import BenchResult
 from sdopt.bench.summary import shorten
+from sdopt.bundle.manifest import ImageFidelity
 from sdopt.fidelity.draw import Drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault, map_difference, to_picture
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdopt.artifacts.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
+from sdopt.bundle.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName

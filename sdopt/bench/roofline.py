@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bench.report import RooflineRecord
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.isolation import JsonTable, run_isolated

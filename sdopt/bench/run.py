@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from sdopt import progress
-from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.components import LayerTables, measure_component_errors, measure_layers
 from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
@@ -34,6 +33,7 @@ from sdopt.bench.report import (
 from sdopt.bench.roofline import find_roof
 from sdopt.bench.steady import Effort
 from sdopt.bench.suites import SuiteRun
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
@@ -46,7 +46,7 @@ from sdopt.isolation import JsonTable, Outcome, run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import TorchSettings
-from sdopt.pipeline.preflight import require_sound, require_trusted
+from sdopt.preflight.runnable import require_sound, require_trusted
 
 _ENTRIES = {Scope.PICTURES: "sdopt.bench.measure:measure", Scope.UNET: "sdopt.bench.unet:measure_unet"}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.protocol import Session
 from sdopt.bench.clock import Clock
 from sdopt.bench.measure import (
@@ -27,6 +26,7 @@ from sdopt.bench.measure import (
 )
 from sdopt.bench.report import Stage
 from sdopt.bench.steady import Effort, has_settled, time_calls, warm_up
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import parse_settings
 from sdopt.isolation import JsonTable
@@ -118,11 +118,11 @@ def require_finite(outputs: Mapping[str, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def open_unet(folder: Path, manifest: BundleManifest, settings: BackendSettings | None) -> Iterator[Session]:
     """The bundle's UNet with `settings`, or as the manifest names it. Raises what the backends raise."""
-    from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
     from sdopt.pipeline.load import component_files
+    from sdopt.preflight.plan_choice import choose_plans
 
     name = ComponentName.UNET
     plans = choose_plans(folder, manifest, find_machine()) if settings is None else {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import MANIFEST_NAME, SourceRecord
+from sdopt.bundle.manifest import MANIFEST_NAME, SourceRecord
 from sdopt.checkpoint.match import match_component
 from sdopt.checkpoint.model import Checkpoint, ComponentSource
 from sdopt.checkpoint.weights import INDEX_NAME, open_component_weights, read_json

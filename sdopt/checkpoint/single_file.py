@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import SourceRecord
+from sdopt.bundle.manifest import SourceRecord
 from sdopt.checkpoint.folder import is_inpainting, open_vae_folder, split_vae
 from sdopt.checkpoint.identify import advise, name_kind
 from sdopt.checkpoint.infer import infer_family, infer_text_encoder, infer_unet, infer_vae, sample_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sdopt.artifacts.manifest import SourceRecord
+from sdopt.bundle.manifest import SourceRecord
 from sdopt.checkpoint.folder import is_inpainting, open_folder
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id
 from sdopt.checkpoint.model import Checkpoint

@@ -27,7 +27,7 @@ def check(folder: Path, trust_engines: tuple[str, ...], as_json: bool) -> None:
     No runtime library sees a byte of it. Exit code 1: damaged. 4: whole, but its TensorRT plans were not built here,
     and --trust-engine does not name them. 5: whole, but something is missing here.
     """
-    from sdopt.convert.check import check_bundle, require_whole
+    from sdopt.preflight.check import check_bundle, require_whole
 
     with progress.shown_on_stderr():
         report = check_bundle(folder, trust_engines=trust_engines)

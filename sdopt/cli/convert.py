@@ -19,7 +19,7 @@ from sdopt.errors import RecipeError
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 
 if TYPE_CHECKING:
-    from sdopt.artifacts.manifest import BundleManifest
+    from sdopt.bundle.manifest import BundleManifest
     from sdopt.convert.steps import Step
 
 
@@ -154,7 +154,7 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
 
 
 def _next_steps(output: Path, manifest: BundleManifest) -> list[str]:
-    from sdopt.artifacts.manifest import MANIFEST_NAME
+    from sdopt.bundle.manifest import MANIFEST_NAME
     from sdopt.machine.gpus import find_gpus
     from sdopt.model.recipe import needs_gpu
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.artifacts.bundle import find_damage, record_file
-from sdopt.artifacts.manifest import (
+from sdopt.bundle.damage import find_damage, record_file
+from sdopt.bundle.manifest import (
     MANIFEST_NAME,
     BuildRecord,
     BundleManifest,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt._version import __version__
-from sdopt.artifacts.manifest import BundleManifest, Verdict
+from sdopt.bundle.manifest import BundleManifest, Verdict
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.resolve import BuildPlan

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import MANIFEST_NAME, read_manifest
-from sdopt.artifacts.plan_header import read_plan_header
+from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
+from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
 from sdopt.graph.audit import check_graph_file

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
 from sdopt.convert.staging import Staging
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file
@@ -21,7 +21,7 @@ from sdopt.fidelity.candidate import find_reference_device
 from sdopt.machine.environment import Machine
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, needs_gpu
-from sdopt.pipeline.preflight import require_runnable
+from sdopt.preflight.runnable import require_runnable
 
 if TYPE_CHECKING:
     from sdopt.fidelity.verdict import PictureBudget, References

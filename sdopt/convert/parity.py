@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.manifest import ParityRecord
 from sdopt.backends.open import probe_backend
+from sdopt.bundle.manifest import ParityRecord
 from sdopt.convert.resolve import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store

@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt import progress
-from sdopt.artifacts.bundle import find_damage
-from sdopt.artifacts.manifest import MANIFEST_NAME, FileRecord
+from sdopt.bundle.damage import find_damage
+from sdopt.bundle.manifest import MANIFEST_NAME, FileRecord
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import ArtifactError

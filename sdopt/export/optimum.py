@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.disk.files import write_file
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 

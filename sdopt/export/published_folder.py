@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt._version import __version__
-from sdopt.artifacts.manifest import BundleManifest, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, fsync_folder, require_free_disk, resolve_inside, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
-from sdopt.pipeline.preflight import require_sound
+from sdopt.preflight.runnable import require_sound
 
 MARKER_NAME = "sdopt-export.json"
 _REQUIRED = {ComponentName.UNET, ComponentName.VAE_DECODER}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
 
-from sdopt.artifacts.manifest import BundleManifest
 from sdopt.backends.open import probe_backend
 from sdopt.backends.protocol import Session
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.model.recipe import BackendSettings, TorchSettings, needs_gpu
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def open_candidate(
 
     `wrap` is called on each session before the pipeline sees it. Raises what the backends raise.
     """
-    from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
     from sdopt.pipeline.assemble import assemble_pipeline
     from sdopt.pipeline.load import component_files
+    from sdopt.preflight.plan_choice import choose_plans
 
     plans = choose_plans(folder, manifest, find_machine()) if settings is None else {}
     origin = find_origin(manifest) if isinstance(settings, TorchSettings) else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest, ParityRecord
+from sdopt.bundle.manifest import BundleManifest, ParityRecord
 from sdopt.errors import ShapeError
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
@@ -101,10 +101,10 @@ def run_torch(arguments: JsonTable) -> JsonTable:
 
 def run_candidate(arguments: JsonTable) -> JsonTable:
     """Entry of the second child: a table of `ComponentError` by component."""
-    from sdopt.artifacts.plan_choice import choose_plans
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
     from sdopt.pipeline.load import component_files
+    from sdopt.preflight.plan_choice import choose_plans
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])
     manifest = BundleManifest.model_validate_json(arguments["manifest"])

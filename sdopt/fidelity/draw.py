@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable, run_isolated

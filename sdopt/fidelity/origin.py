@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, CheckpointError
 from sdopt.model.component import ComponentName

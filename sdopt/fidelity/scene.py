@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdopt.artifacts.manifest import BundleManifest, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.fidelity.metrics import Picture
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family

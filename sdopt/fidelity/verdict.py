@@ -37,7 +37,7 @@ from typing import Literal
 import numpy as np
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.fidelity.draw import Drawing, draw_isolated

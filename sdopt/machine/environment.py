@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sdopt._version import __version__
-from sdopt.artifacts.manifest import EnvironmentRecord, PlanFlavour
+from sdopt.bundle.manifest import EnvironmentRecord, PlanFlavour
 from sdopt.machine.gpus import Gpu, find_gpus
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt-rtx",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdopt.artifacts.manifest import GpuRecord
+from sdopt.bundle.manifest import GpuRecord
 
 
 @dataclass(frozen=True)

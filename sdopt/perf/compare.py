@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench.conditions import list_problems
 from sdopt.bench.report import BenchReport, CaseRecord, read_report
 from sdopt.bench.stats import PairVerdict, judge_pair
+from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.errors import UsageError
 from sdopt.perf.fingerprint import describe_change
 from sdopt.perf.history import History, find_run

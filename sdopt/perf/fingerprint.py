@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from sdopt.artifacts.manifest import EnvironmentRecord, GpuRecord
+from sdopt.bundle.manifest import EnvironmentRecord, GpuRecord
 from sdopt.disk.digest import digest_of
 
 _DIGITS = 16

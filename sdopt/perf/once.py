@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt.artifacts.manifest import MANIFEST_NAME
 from sdopt.bench.report import write_report
 from sdopt.bench.suite import SuiteCase, SuiteMethod
 from sdopt.bench.suites import SuiteRun
+from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.isolation import JsonTable

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdopt.artifacts.manifest import EnvironmentRecord
 from sdopt.bench.report import Conditions
+from sdopt.bundle.manifest import EnvironmentRecord
 
 SCHEMA_VERSION = 1
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import diffusers
 
-from sdopt.artifacts.manifest import BundleManifest, read_config
 from sdopt.backends.protocol import Session
+from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family

@@ -10,14 +10,14 @@ from pathlib import Path
 import diffusers
 
 from sdopt import progress
-from sdopt.artifacts.bundle import bundle_extents, bundle_profiles
-from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config, read_manifest
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.bundle.damage import bundle_extents, bundle_profiles
+from sdopt.bundle.manifest import BundleManifest, PlanRecord, read_config, read_manifest
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.networks import EngineModule
-from sdopt.pipeline.preflight import require_runnable, require_sound, require_trusted
+from sdopt.preflight.runnable import require_runnable, require_sound, require_trusted
 from sdopt.weights.safetensors_header import TensorRef
 
 

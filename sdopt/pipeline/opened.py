@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import UsageError
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdopt.artifacts.manifest import read_manifest
-from sdopt.artifacts.plan_choice import choose_plans
 from sdopt.backends.open import backend_for, open_session, probe_all, probe_backend
 from sdopt.backends.protocol import ComponentFiles, Session
+from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
 from sdopt.machine.environment import find_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.pipeline.load import component_files
+from sdopt.preflight.plan_choice import choose_plans
 from sdopt.trace.parity import make_inputs
 from sdopt.weights.to_torch import TORCH_DTYPES
 

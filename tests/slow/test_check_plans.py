@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 import sdopt
-from sdopt.artifacts.bundle import record_file
-from sdopt.artifacts.manifest import read_manifest
-from sdopt.artifacts.plan_header import find_contradictions
-from sdopt.convert.check import check_bundle
+from sdopt.bundle.damage import record_file
+from sdopt.bundle.manifest import read_manifest
+from sdopt.bundle.plan_header import find_contradictions
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingHardware, SdoptError, UnsafeInputError
 from sdopt.machine.gpus import find_gpus
-from sdopt.pipeline.preflight import require_sound
+from sdopt.preflight.check import check_bundle
+from sdopt.preflight.runnable import require_sound
 from tests.planted_plans import make_machine
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not there")

@@ -24,8 +24,8 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.artifacts.manifest import BundleManifest, Verdict, read_manifest
-from sdopt.convert.check import check_bundle
+from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
+from sdopt.preflight.check import check_bundle
 from tests.conftest import TINY_SHAPES
 
 RECIPE = """

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sdopt.artifacts.manifest import Verdict, read_config
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.convert.check import check_bundle
+from sdopt.bundle.manifest import Verdict, read_config
 from sdopt.convert.convert import convert
 from sdopt.convert.open import open_plan
 from sdopt.errors import ShapeError
@@ -26,6 +25,7 @@ from sdopt.model.recipe import (
 )
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.target import Runtime, Target
+from sdopt.preflight.check import check_bundle
 from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
 from tests.checkpoints import make_model, small_recipe, write_folder
 

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.artifacts.manifest import BundleManifest, Verdict
-from sdopt.convert.check import check_bundle
+from sdopt.bundle.manifest import BundleManifest, Verdict
 from sdopt.convert.convert import convert
 from sdopt.convert.open import open_plan
 from sdopt.model.component import ComponentName
@@ -20,6 +19,7 @@ from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings
 from sdopt.model.target import Runtime, Target
+from sdopt.preflight.check import check_bundle
 from tests.checkpoints import Model, make_model, small_recipe, to_original, write_folder, write_single_file
 
 SIZE = "64x32"

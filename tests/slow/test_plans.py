@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sdopt.artifacts.manifest import BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
 from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
 from sdopt.model.component import ComponentName

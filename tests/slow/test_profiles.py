@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdopt.artifacts.manifest import BundleManifest, Verdict, read_manifest
-from sdopt.convert.check import check_bundle
+from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.draw import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, write_scene
@@ -22,6 +21,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.shape import Extent, ShapeProfile
+from sdopt.preflight.check import check_bundle
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.conftest import TINY_SHAPES
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdopt.artifacts.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
 from sdopt.convert.convert import convert
 from sdopt.convert.open import open_plan
 from sdopt.convert.quantize import trials, variants

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdopt.artifacts.manifest import PlanAudit, read_manifest
 from sdopt.backends.tensorrt import network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
+from sdopt.bundle.manifest import PlanAudit, read_manifest
 from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
 from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_layers
 from sdopt.errors import AuditError, BackendError

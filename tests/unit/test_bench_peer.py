@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import BundleManifest, write_manifest
 from sdopt.bench import peer_optimum, steady
 from sdopt.bench.candidates import Candidate, list_candidates
 from sdopt.bench.peer import run_peer
 from sdopt.bench.report import Stage
 from sdopt.bench.steady import Effort
+from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.isolation import JsonTable

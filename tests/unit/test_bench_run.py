@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.bench import describe as describe_module
 from sdopt.bench import roofline as roofline_module
 from sdopt.bench import run as run_module
@@ -22,6 +21,7 @@ from sdopt.bench.components import ErrorTables, LayerTables
 from sdopt.bench.environment import CpuUse, measure_machine, read_cpu_use
 from sdopt.bench.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
+from sdopt.bundle.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.draw import write_drawing
 from sdopt.isolation import Outcome

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdopt.artifacts.manifest import ParityRecord
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.bundle.manifest import ParityRecord
 from sdopt.convert import graphs
 from sdopt.convert.open import open_plan
 from sdopt.convert.parity import choose_runtime

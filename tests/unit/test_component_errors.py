@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sdopt.artifacts.manifest import BundleManifest, read_manifest
 from sdopt.bench.candidates import Candidate
 from sdopt.bench.components import measure_component_errors
 from sdopt.bench.report import CandidateKind, Scope
+from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, TorchSettings

@@ -14,8 +14,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from sdopt.artifacts.manifest import BundleManifest, read_manifest
 from sdopt.backends.protocol import Probe
+from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.errors import ArtifactError, MissingDependency, UnsafeInputError, UsageError
 from sdopt.export.comfyui import engine_file as comfyui
 from sdopt.export.comfyui.engine_file import export_engine, export_graph, find_model_type, name_engine
@@ -178,7 +178,7 @@ def test_the_engine_is_put_where_the_loader_looks_and_replaces_nothing(
 def test_tensorrt_reads_the_adapted_graph(pristine_bundle: Path, tmp_path: Path) -> None:
     """TensorRT-RTX has the same parser, and builds for a GPU that is not here."""
     pytest.importorskip("tensorrt_rtx")
-    from sdopt.artifacts.bundle import bundle_extents
+    from sdopt.bundle.damage import bundle_extents
 
     extents = bundle_extents(pristine_bundle, read_manifest(pristine_bundle))
     comfyui.build_engine(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
 from sdopt.fidelity.draw import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, starts_from_image, write_scene

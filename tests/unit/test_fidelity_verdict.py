@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdopt.artifacts.manifest import FidelityRecord, Verdict
 from sdopt.backends.protocol import Probe
+from sdopt.bundle.manifest import FidelityRecord, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity import candidate as candidate_module
 from sdopt.fidelity import verdict as verdict_module

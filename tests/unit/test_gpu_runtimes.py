@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 import torch
 
-from sdopt.artifacts.manifest import read_manifest
 from sdopt.backends import gpu as gpu_module
 from sdopt.backends.gpu import GpuIdentity, find_gpu, shared_gpu
 from sdopt.backends.onnxruntime import CudaSession, OnnxRuntimeBackend
 from sdopt.backends.open import open_session, probe_backend
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import BackendError, MissingHardware
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings, TorchSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
 from sdopt.convert import judge as judge_module
 from sdopt.convert.judge import PictureJudge, judge
 from sdopt.convert.staging import Staging

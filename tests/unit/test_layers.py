@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from sdopt.artifacts.manifest import BundleManifest, read_config, read_manifest
 from sdopt.backends.open import probe_backend
 from sdopt.bench.components import find_first_parting, measure_layers
 from sdopt.bench.report import LayerRecord
+from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.fidelity import layers
 from sdopt.fidelity.layers import _measure_error, compare_layers, split_runs
 from sdopt.graph.layers import list_layer_values

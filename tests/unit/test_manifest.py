@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.bundle import find_damage, record_file, require_intact
-from sdopt.artifacts.manifest import (
+from sdopt.bundle.damage import find_damage, record_file, require_intact
+from sdopt.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     BundleManifest,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.manifest import GpuRecord
+from sdopt.bundle.manifest import GpuRecord
 from sdopt.perf.bridge import find_bridge_commit, last_good
 from sdopt.perf.fingerprint import describe_change, fingerprint_of
 from sdopt.perf.history import HistoryContents

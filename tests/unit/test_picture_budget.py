@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, ImageFidelity, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, ImageFidelity, Verdict
 from sdopt.convert.judge import PictureJudge
 from sdopt.convert.staging import Staging
 from sdopt.disk.store import Store

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sdopt
-from sdopt.artifacts.manifest import write_manifest
+from sdopt.bundle.manifest import write_manifest
 from sdopt.errors import ArtifactError, ShapeError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.shape import Extent, ShapeProfile

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import PlanAudit
 from sdopt.backends.tensorrt.audit import NetworkAudit, judge_plan
 from sdopt.backends.tensorrt.library import Kind
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
+from sdopt.bundle.manifest import PlanAudit
 from sdopt.errors import AuditError
 from sdopt.model.precision import Precision
 

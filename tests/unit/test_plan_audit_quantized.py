@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.artifacts.manifest import PlanAudit
 from sdopt.backends.tensorrt.audit import NetworkAudit, audit_network, judge_plan
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
+from sdopt.bundle.manifest import PlanAudit
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.errors import AuditError
 from sdopt.model.component import ComponentName

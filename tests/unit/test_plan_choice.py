@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.manifest import BundleManifest, PlanRecord
-from sdopt.artifacts.plan_choice import PlanChoice, choose_plans
+from sdopt.bundle.manifest import BundleManifest, PlanRecord
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
@@ -17,6 +16,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings
 from sdopt.model.target import parse_target
+from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sdopt.artifacts.plan_header import RTX_GENERATIONS, PlanHeader, find_contradictions, read_plan_header
+from sdopt.bundle.plan_header import RTX_GENERATIONS, PlanHeader, find_contradictions, read_plan_header
 from sdopt.convert.inspect import inspect_source
 from sdopt.errors import ArtifactError
-from sdopt.pipeline.preflight import find_bad_plans
+from sdopt.preflight.runnable import find_bad_plans
 from tests.planted_plans import make_header, make_plan, make_plan_file, write_plan_bundle
 
 # The first 64 bytes of two plans that TensorRT-RTX 1.7.1.116 made of one matrix product; the first streams its weights.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdopt.artifacts.manifest import write_manifest
+from sdopt.bundle.manifest import write_manifest
 from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.pipeline.generate import GenerateRequest

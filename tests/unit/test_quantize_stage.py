@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import sdopt.convert.quantize.candidate as candidate_module
 import sdopt.convert.quantize.stage as stage
 import sdopt.convert.quantize.trials as trials_module
-from sdopt.artifacts.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import judge as judge_module
 from sdopt.convert.judge import runnable_here

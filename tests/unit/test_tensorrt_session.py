@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdopt.artifacts.manifest import PlanRecord
 from sdopt.backends.gpu import GpuIdentity
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.backends.tensorrt.engine import explain_invalidity
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path
 from sdopt.backends.tensorrt.session import TensorRTSession, choose_plan
+from sdopt.bundle.manifest import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, ShapeError
 from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family

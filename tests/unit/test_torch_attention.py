@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdopt.artifacts.manifest import read_config
 from sdopt.backends import torch_attention
 from sdopt.backends.torch_attention import dispatch_attention, prefer_kernel, use_package
+from sdopt.bundle.manifest import read_config
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.component import ComponentName
 from sdopt.networks.modules import build_network

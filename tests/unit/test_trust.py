@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.artifacts.manifest import BundleManifest
-from sdopt.artifacts.trust import list_untrusted, parse_digest, remember_built, remember_named
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.trust import list_untrusted, parse_digest, remember_built, remember_named
 from sdopt.disk.files import hash_file
 from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
 from sdopt.pipeline.load import load_pipeline
-from sdopt.pipeline.preflight import require_sound, require_trusted
+from sdopt.preflight.runnable import require_sound, require_trusted
 from tests.planted_plans import make_plan, make_plan_file, write_plan_bundle
 
 FILES = {"unet/sm89.plan": make_plan_file(), "unet/sm86.plan": make_plan_file(bits=0x04)}

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdopt.artifacts.manifest import PlanAudit
 from sdopt.backends.tensorrt.library import Kind
 from sdopt.backends.tensorrt.quantized import QuantizedLayers
+from sdopt.bundle.manifest import PlanAudit
 from sdopt.errors import AuditError
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import PlanRecord
 from sdopt.backends.gpu import GpuIdentity
 from sdopt.backends.tensorrt.messages import Messages, make_logger
+from sdopt.bundle.manifest import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, SdoptError
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.artifacts.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
-from sdopt.artifacts.trust import remember_built
+from sdopt.bundle.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
+from sdopt.bundle.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.wanted import (

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdopt.artifacts.manifest import FileRecord, PlanFlavour
+from sdopt.bundle.manifest import FileRecord, PlanFlavour
 from sdopt.convert.resolve import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.errors import MissingHardware, RecipeError, UsageError

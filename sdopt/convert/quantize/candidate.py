@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BlockRecord, FileRecord, QuantizationRecord
+from sdopt.bundle.manifest import BlockRecord, FileRecord, QuantizationRecord
 from sdopt.convert.quantize.choose import GroupVerdict, Measurement, Outcome, choose_groups, find_loss
 from sdopt.convert.quantize.trials import Trial, TrialJob, TrialRecord, run_trials
 from sdopt.convert.quantize.variants import publish_choice

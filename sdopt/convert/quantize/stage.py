@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.artifacts.bundle import record_file
-from sdopt.artifacts.manifest import BundleManifest, FileRecord, Verdict, read_config
+from sdopt.bundle.damage import record_file
+from sdopt.bundle.manifest import BundleManifest, FileRecord, Verdict, read_config
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.judge import PictureJudge, runnable_here, stand_in
 from sdopt.convert.quantize.calibrate import calibrate

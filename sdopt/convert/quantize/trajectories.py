@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.manifest import BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.convert.quantize.recording import Recorder
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file

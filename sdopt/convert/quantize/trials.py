@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sdopt import progress
-from sdopt.artifacts.manifest import SpeedupRecord
+from sdopt.bundle.manifest import SpeedupRecord
 from sdopt.convert.quantize.recording import Call, read_calls
 from sdopt.convert.quantize.speed import compare_pairs, take_turns
 from sdopt.convert.quantize.variants import Stock, write_trial

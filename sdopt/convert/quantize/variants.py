@@ -14,7 +14,7 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import Tensor
 
-from sdopt.artifacts.manifest import FileRecord
+from sdopt.bundle.manifest import FileRecord
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdopt import progress
-from sdopt.artifacts.bundle import bundle_extents
-from sdopt.artifacts.manifest import BundleManifest, PlanRecord, read_config
+from sdopt.bundle.damage import bundle_extents
+from sdopt.bundle.manifest import BundleManifest, PlanRecord, read_config
 from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
@@ -24,7 +24,7 @@ from sdopt.export.triton.config import ModelConfig, TritonBackend, configure_net
 from sdopt.export.triton.settings import make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.shape import Extent
-from sdopt.pipeline.preflight import require_trusted
+from sdopt.preflight.runnable import require_trusted
 
 _VERSION = "1"
 _GRAPH_FILES = ("model.onnx", "weights.safetensors")

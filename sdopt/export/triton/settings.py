@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdopt.artifacts.manifest import BundleManifest, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family

@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.manifest import PlanFlavour, PlanRecord
+from sdopt.bundle.manifest import PlanFlavour, PlanRecord
 from sdopt.errors import ArtifactError
 from sdopt.model.target import PORTABLE
 

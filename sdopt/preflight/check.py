@@ -9,16 +9,16 @@ from pathlib import Path
 import onnx
 
 from sdopt import progress
-from sdopt.artifacts.bundle import bundle_extents, find_damage
-from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
-from sdopt.artifacts.trust import parse_digest, remember_named
+from sdopt.bundle.damage import bundle_extents, find_damage
+from sdopt.bundle.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
+from sdopt.bundle.trust import parse_digest, remember_named
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
 from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.shape import Extent
-from sdopt.pipeline.preflight import find_bad_plans, require_runnable, require_trusted
+from sdopt.preflight.runnable import find_bad_plans, require_runnable, require_trusted
 from sdopt.weights.safetensors_header import read_header
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.artifacts.manifest import BundleManifest, ComponentRecord, PlanRecord
-from sdopt.artifacts.plan_header import RTX_GENERATIONS
+from sdopt.bundle.manifest import BundleManifest, ComponentRecord, PlanRecord
+from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
 from sdopt.machine.gpus import Gpu

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
 from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError

@@ -12,17 +12,17 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdopt.artifacts.bundle import find_damage
-from sdopt.artifacts.manifest import MANIFEST_NAME, BundleManifest
-from sdopt.artifacts.plan_choice import PlanChoice, choose_plans
-from sdopt.artifacts.plan_header import find_contradictions
-from sdopt.artifacts.trust import list_untrusted
 from sdopt.backends.open import probe_backend
+from sdopt.bundle.damage import find_damage
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.plan_header import find_contradictions
+from sdopt.bundle.trust import list_untrusted
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
 from sdopt.machine.environment import Machine, find_machine
 from sdopt.model.recipe import TensorRTSettings
+from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 
 _WEIGHTS_SUFFIX = "/weights.safetensors"
 
