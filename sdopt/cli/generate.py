@@ -19,8 +19,8 @@ from sdopt.pipeline.generate import GenerateRequest, parse_request
 from sdopt.pipeline.schedulers import SchedulerName
 
 if TYPE_CHECKING:
+    from sdopt.pictures.png import PictureRecipe
     from sdopt.pipeline.opened import OpenedBundle
-    from sdopt.pipeline.png import PictureRecipe
 
 _NAMES = ", ".join(SchedulerName)
 
@@ -97,13 +97,13 @@ def generate(
 def _write_grid(paths: list[Path]) -> str | None:
     if len(paths) < 2:
         return None
-    from sdopt.pipeline.grid import write_grid
+    from sdopt.pictures.grid import write_grid
 
     return str(write_grid(paths))
 
 
 def _read(from_image: Path | None) -> PictureRecipe | None:
-    from sdopt.pipeline.png import read_recipe
+    from sdopt.pictures.png import read_recipe
 
     if from_image is None:
         return None
@@ -164,7 +164,7 @@ def _write(
     output: Path, image: Any, request: GenerateRequest, bundle: OpenedBundle, own_scheduler: Any
 ) -> dict[str, Any]:
     import sdopt
-    from sdopt.pipeline.png import PictureRecipe, write_picture
+    from sdopt.pictures.png import PictureRecipe, write_picture
     from sdopt.pipeline.schedulers import SCHEDULERS, label_of
 
     manifest = bundle.manifest

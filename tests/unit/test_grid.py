@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdopt.pipeline.grid import paste_grid, write_grid
+from sdopt.pictures.grid import paste_grid, write_grid
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])

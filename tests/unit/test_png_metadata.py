@@ -17,9 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 from sdopt.bundle.manifest import write_manifest
 from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, SdoptError, UsageError
+from sdopt.pictures.infotext import format_infotext, parse_infotext
+from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
 from sdopt.pipeline.generate import GenerateRequest
-from sdopt.pipeline.infotext import format_infotext, parse_infotext
-from sdopt.pipeline.png import PictureRecipe, read_recipe, write_picture
 from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName
 from tests.reference_session import make_bundle
 

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import sdopt
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
+from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pipeline.generate import GenerateRequest
-from sdopt.pipeline.infotext import format_infotext, parse_infotext
 
 if TYPE_CHECKING:
     from PIL import Image
