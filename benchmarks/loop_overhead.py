@@ -34,7 +34,7 @@ from sdopt.model.component import ComponentName, ComponentSpec, describe_compone
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
-from sdopt.pipeline.networks import EngineUNet, EngineVAE
+from sdopt.pipeline.modules.engines import EngineUNet, EngineVAE
 from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
 
 _STEPS, _REPEATS, _GUIDANCE = 50, 7, 7.5

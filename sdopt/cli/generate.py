@@ -15,8 +15,8 @@ from sdopt.cli.text import TRUST_ENGINE_HELP
 from sdopt.disk.files import disk_errors
 from sdopt.errors import UsageError
 from sdopt.model.shape import parse_size
-from sdopt.pipeline.generate import GenerateRequest, parse_request
 from sdopt.pipeline.schedulers import SchedulerName
+from sdopt.tasks.draw import GenerateRequest, parse_request
 
 if TYPE_CHECKING:
     from sdopt.pictures.png import PictureRecipe
@@ -137,9 +137,9 @@ def _draw_into(
     recipe: PictureRecipe | None,
     trust_engines: tuple[str, ...],
 ) -> list[dict[str, Any]]:
-    from sdopt.pipeline.generate import generate_all
     from sdopt.pipeline.load import close_engines, load_pipeline
     from sdopt.pipeline.opened import opened_bundle
+    from sdopt.tasks.draw import generate_all
 
     _make_folder(output)
     pipe = load_pipeline(folder, trust_engines=trust_engines)

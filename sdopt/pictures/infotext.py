@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from sdopt.errors import ArtifactError
-from sdopt.pipeline.generate import GenerateRequest, parse_request
+from sdopt.tasks.draw import GenerateRequest, parse_request
 
 _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

@@ -23,7 +23,7 @@ import sdopt
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.pictures.infotext import format_infotext, parse_infotext
-from sdopt.pipeline.generate import GenerateRequest
+from sdopt.tasks.draw import GenerateRequest
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,7 +18,7 @@ from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
-from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
+from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
 from sdopt.pipeline.schedulers import SchedulerName, make_scheduler

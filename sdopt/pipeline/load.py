@@ -16,7 +16,7 @@ from sdopt.bundle.damage import bundle_extents, bundle_profiles
 from sdopt.bundle.manifest import BundleManifest, PlanRecord, read_config, read_manifest
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.networks import EngineModule
+from sdopt.pipeline.modules.engines import EngineModule
 from sdopt.preflight.runnable import require_runnable, require_sound, require_trusted
 from sdopt.weights.safetensors_header import TensorRef
 

@@ -17,7 +17,7 @@ from sdopt.model.component import ComponentName, ComponentSpec, describe_compone
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
-from sdopt.pipeline.networks import EngineTextEncoder, EngineUNet, EngineVAE
+from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
 from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
 from sdopt.weights.to_torch import TORCH_DTYPES
 

@@ -18,7 +18,7 @@ from sdopt.errors import ArtifactError, ShapeError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.generate import GenerateRequest, generate, generate_all, parse_request
+from sdopt.tasks.draw import GenerateRequest, generate, generate_all, parse_request
 from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.

@@ -19,7 +19,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.generate import GenerateRequest, generate
+from sdopt.tasks.draw import GenerateRequest, generate
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 

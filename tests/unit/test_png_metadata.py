@@ -19,8 +19,8 @@ from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
-from sdopt.pipeline.generate import GenerateRequest
 from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName
+from sdopt.tasks.draw import GenerateRequest
 from tests.reference_session import make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.

@@ -20,8 +20,8 @@ from sdopt.disk.files import write_file
 from sdopt.model.family import Family
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.generate import generate, generate_all, parse_request
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer
+from sdopt.tasks.draw import generate, generate_all, parse_request
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 

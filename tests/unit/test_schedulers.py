@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.generate import GenerateRequest, generate
 from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName, label_of, make_scheduler, parse_scheduler
+from sdopt.tasks.draw import GenerateRequest, generate
 from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -62,7 +62,7 @@ def test_table_covers_every_name() -> None:
 def test_names_are_read_without_diffusers_or_torch() -> None:
     code = (
         "import sys; from sdopt.pipeline.schedulers import parse_scheduler; parse_scheduler('Euler a');"
-        "import sdopt.pipeline.generate, sdopt.cli.generate;"
+        "import sdopt.tasks.draw, sdopt.cli.generate;"
         "assert not {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
