@@ -19,9 +19,9 @@ from sdopt.cli.text import TRUST_ENGINE_HELP, neutralise
 from sdopt.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
+    from sdopt.bench.page.summary import CandidateSummary
     from sdopt.bench.report import BenchReport
     from sdopt.bench.run import BenchRequest, BenchResult
-    from sdopt.bench.summary import CandidateSummary
 
 
 @click.command()
@@ -156,15 +156,15 @@ def _prepare(report: Path) -> None:
 
 
 def _write(folder: Path, result: BenchResult) -> None:
-    from sdopt.bench.report_files import write_report_files
+    from sdopt.bench.page.report_files import write_report_files
 
     folder.mkdir(exist_ok=True)
     print(write_report_files(folder, result), file=sys.stderr)
 
 
 def _write_index(folder: Path, results: Mapping[str, BenchResult]) -> None:
-    from sdopt.bench.render import IndexEntry
-    from sdopt.bench.report_files import write_index
+    from sdopt.bench.page.render import IndexEntry
+    from sdopt.bench.page.report_files import write_index
 
     entries = [IndexEntry(name, f"{name}/report.html", result.report) for name, result in results.items()]
     first = entries[0].report
@@ -179,9 +179,9 @@ def _print_table(report: BenchReport) -> None:
     from rich.table import Table
 
     from sdopt.bench.candidates import ENGINES
-    from sdopt.bench.pairs import judge_pairs, lay_out_matrix
+    from sdopt.bench.page.pairs import judge_pairs, lay_out_matrix
+    from sdopt.bench.page.summary import describe_result, format_bytes, format_speed, summarize_candidates
     from sdopt.bench.report import Scope, Status
-    from sdopt.bench.summary import describe_result, format_bytes, format_speed, summarize_candidates
 
     draws = report.case.scope is Scope.PICTURES
     what = f"{report.case.steps} steps" if draws else "one step of the UNet"
@@ -215,8 +215,8 @@ def _print_table(report: BenchReport) -> None:
 
 def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) -> list[str]:
     """The cells behind the label."""
+    from sdopt.bench.page.summary import NOT_MEASURED, format_bytes, format_ns
     from sdopt.bench.report import Stage
-    from sdopt.bench.summary import NOT_MEASURED, format_bytes, format_ns
     from sdopt.fidelity.verdict import format_psnr
 
     step = row.stages.get(Stage.UNET_STEP)

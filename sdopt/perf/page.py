@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sdopt.bench.csv_export import quote_formula
+from sdopt.bench.page.csv_export import quote_formula
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import MissingDependency
 from sdopt.perf.nights import NIGHTS, relative_change

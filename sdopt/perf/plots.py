@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sdopt.bench.plots import ENGINES_COLOUR, GAP, LINE, SERIES, TEXT, WIDTH_IN, Plot, style_axes, to_plot
+from sdopt.bench.page.plots import ENGINES_COLOUR, GAP, LINE, SERIES, TEXT, WIDTH_IN, Plot, style_axes, to_plot
 from sdopt.perf.record import MetricKind, RunKind, RunRecord, SeriesKey
 from sdopt.perf.view import HistoryView, Point, format_value
 

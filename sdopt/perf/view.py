@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-from sdopt.bench.summary import format_bytes, format_ns
+from sdopt.bench.page.summary import format_bytes, format_ns
 from sdopt.perf.fingerprint import describe_change
 from sdopt.perf.history import DamagedLine, HistoryContents
 from sdopt.perf.nights import take_value

@@ -10,11 +10,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sdopt.bench.pictures import encode_picture
-from sdopt.bench.render import IndexEntry, render_html, render_index
+from sdopt.bench.page.pictures import encode_picture
+from sdopt.bench.page.render import IndexEntry, render_html, render_index
+from sdopt.bench.page.stage_plots import plot_cosines
+from sdopt.bench.page.summary import (
+    describe_result,
+    format_bytes,
+    format_ns,
+    format_share,
+    shorten,
+    summarize_candidates,
+)
 from sdopt.bench.report import Conditions, Status
-from sdopt.bench.stage_plots import plot_cosines
-from sdopt.bench.summary import describe_result, format_bytes, format_ns, format_share, shorten, summarize_candidates
 from sdopt.fidelity.metrics import to_picture
 from sdopt.model.precision import Precision
 from tests.planted_reports import (

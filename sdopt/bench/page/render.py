@@ -10,7 +10,7 @@ from typing import Any
 from sdopt.bench.candidates import ENGINES
 from sdopt.bench.conditions import list_problems
 from sdopt.bench.fidelity import CLIP_SCORE, FID, LPIPS
-from sdopt.bench.figures import (
+from sdopt.bench.page.figures import (
     find_energy,
     find_layers,
     fit_candidate,
@@ -19,13 +19,11 @@ from sdopt.bench.figures import (
     split_device_memory,
     split_memory,
 )
-from sdopt.bench.pairs import judge_pairs, lay_out_matrix
-from sdopt.bench.pictures import DIFFERENCE_GAIN, LOSSLESS_UP_TO_PX, MOST_PROMPTS, lay_out_grid
-from sdopt.bench.plots import Plot, plot_latency, plot_spread
-from sdopt.bench.report import BenchReport, Scope, Stage, Status
-from sdopt.bench.run import BenchResult
-from sdopt.bench.stage_plots import STAGE_LABELS, plot_cosines, plot_device_memory, plot_memory, plot_stages
-from sdopt.bench.summary import (
+from sdopt.bench.page.pairs import judge_pairs, lay_out_matrix
+from sdopt.bench.page.pictures import DIFFERENCE_GAIN, LOSSLESS_UP_TO_PX, MOST_PROMPTS, lay_out_grid
+from sdopt.bench.page.plots import Plot, plot_latency, plot_spread
+from sdopt.bench.page.stage_plots import STAGE_LABELS, plot_cosines, plot_device_memory, plot_memory, plot_stages
+from sdopt.bench.page.summary import (
     CandidateSummary,
     agrees,
     describe_result,
@@ -39,6 +37,8 @@ from sdopt.bench.summary import (
     shorten,
     summarize_candidates,
 )
+from sdopt.bench.report import BenchReport, Scope, Stage, Status
+from sdopt.bench.run import BenchResult
 from sdopt.errors import MissingDependency
 from sdopt.fidelity.verdict import format_psnr
 

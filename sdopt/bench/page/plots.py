@@ -15,8 +15,8 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from sdopt.bench.candidates import ENGINES
+from sdopt.bench.page.summary import CandidateSummary
 from sdopt.bench.report import CandidateRecord
-from sdopt.bench.summary import CandidateSummary
 from sdopt.errors import MissingDependency
 
 try:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sdopt.bench.page.summary import CandidateSummary
 from sdopt.bench.report import (
     BenchReport,
     CandidateRecord,
@@ -17,7 +18,6 @@ from sdopt.bench.report import (
     Stage,
 )
 from sdopt.bench.stats import StepFit, fit_steps
-from sdopt.bench.summary import CandidateSummary
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings

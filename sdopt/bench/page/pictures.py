@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from sdopt.bench.candidates import ENGINES, Baseline
+from sdopt.bench.page.summary import shorten
 from sdopt.bench.report import CandidateRecord
 from sdopt.bench.run import BenchResult
-from sdopt.bench.summary import shorten
 from sdopt.bundle.manifest import ImageFidelity
 from sdopt.fidelity.draw import Drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault, map_difference, to_picture
