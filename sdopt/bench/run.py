@@ -15,10 +15,10 @@ from typing import Literal
 
 from sdopt import progress
 from sdopt.bench.candidates import Baseline, Candidate, list_candidates
-from sdopt.bench.components import LayerTables, measure_component_errors, measure_layers
+from sdopt.bench.compare.component_errors import LayerTables, measure_component_errors, measure_layers
+from sdopt.bench.compare.picture_errors import PictureFigures, compare_candidates
 from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
 from sdopt.bench.environment import measure_conditions, measure_machine, read_cpu_use
-from sdopt.bench.fidelity import PictureFigures, compare_candidates
 from sdopt.bench.report import (
     BenchReport,
     CandidateKind,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdopt.bench.fidelity import CLIP_SCORE, FID, LPIPS, compare_candidates
+from sdopt.bench.compare.picture_errors import CLIP_SCORE, FID, LPIPS, compare_candidates
 from sdopt.fidelity.draw import Drawing
 from sdopt.fidelity.perceptual.weights import NOT_MEASURED, PerceptualWeights
 from sdopt.fidelity.scene import Scene, paint_image

@@ -17,7 +17,7 @@ from sdopt.bench import roofline as roofline_module
 from sdopt.bench import run as run_module
 from sdopt.bench import unet as unet_module
 from sdopt.bench.candidates import Candidate, parse_against
-from sdopt.bench.components import ErrorTables, LayerTables
+from sdopt.bench.compare.component_errors import ErrorTables, LayerTables
 from sdopt.bench.environment import CpuUse, measure_machine, read_cpu_use
 from sdopt.bench.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from sdopt.bench.candidates import Candidate
-from sdopt.bench.components import measure_component_errors
+from sdopt.bench.compare.component_errors import measure_component_errors
 from sdopt.bench.report import CandidateKind, Scope
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.model.component import ComponentName

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdopt.backends.open import probe_backend
-from sdopt.bench.components import find_first_parting, measure_layers
+from sdopt.bench.compare.component_errors import find_first_parting, measure_layers
 from sdopt.bench.report import LayerRecord
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.fidelity import layers

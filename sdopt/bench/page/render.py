@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 from sdopt.bench.candidates import ENGINES
+from sdopt.bench.compare.picture_errors import CLIP_SCORE, FID, LPIPS
 from sdopt.bench.conditions import list_problems
-from sdopt.bench.fidelity import CLIP_SCORE, FID, LPIPS
 from sdopt.bench.page.figures import (
     find_energy,
     find_layers,
