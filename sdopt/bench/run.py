@@ -18,7 +18,9 @@ from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.compare.component_errors import LayerTables, measure_component_errors, measure_layers
 from sdopt.bench.compare.picture_errors import PictureFigures, compare_candidates
 from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
-from sdopt.bench.environment import measure_conditions, measure_machine, read_cpu_use
+from sdopt.bench.measuring.process_environment import measure_conditions, measure_machine, read_cpu_use
+from sdopt.bench.measuring.roofline import find_roof
+from sdopt.bench.measuring.steady import Effort
 from sdopt.bench.report import (
     BenchReport,
     CandidateKind,
@@ -30,8 +32,6 @@ from sdopt.bench.report import (
     Scope,
     Status,
 )
-from sdopt.bench.roofline import find_roof
-from sdopt.bench.steady import Effort
 from sdopt.bench.suites import SuiteRun
 from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
@@ -48,7 +48,10 @@ from sdopt.model.component import ComponentName
 from sdopt.model.recipe import TorchSettings
 from sdopt.preflight.runnable import require_sound, require_trusted
 
-_ENTRIES = {Scope.PICTURES: "sdopt.bench.measure:measure", Scope.UNET: "sdopt.bench.unet:measure_unet"}
+_ENTRIES = {
+    Scope.PICTURES: "sdopt.bench.measuring.measure:measure",
+    Scope.UNET: "sdopt.bench.measuring.unet:measure_unet",
+}
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) 
     if request.scope is Scope.PICTURES:
         write_scene(request.folder, manifest, scene)
     else:
-        from sdopt.bench.unet import write_inputs
+        from sdopt.bench.measuring.unet import write_inputs
 
         write_inputs(request.folder, manifest, scene.inputs)
     return scene
@@ -250,7 +253,7 @@ def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, coun
 def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -> Outcome:
     arguments["launched_ns"] = time.monotonic_ns()
     if candidate.kind is CandidateKind.PEER:
-        from sdopt.bench.peer import run_peer
+        from sdopt.bench.measuring.peer import run_peer
 
         return run_peer(candidate, arguments, request.time_limit_s)
     return run_isolated(_ENTRIES[request.scope], arguments, timeout_s=request.time_limit_s)

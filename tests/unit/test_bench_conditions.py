@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench import conditions as conditions_module
-from sdopt.bench import environment
-from sdopt.bench.conditions import (
+from sdopt.bench.measuring import conditions as conditions_module
+from sdopt.bench.measuring import process_environment as environment
+from sdopt.bench.measuring.conditions import (
     ClockWatch,
     CpuSource,
     GpuSource,
@@ -19,7 +19,7 @@ from sdopt.bench.conditions import (
     list_problems,
     watch_conditions,
 )
-from sdopt.bench.environment import CpuUse, measure_conditions
+from sdopt.bench.measuring.process_environment import CpuUse, measure_conditions
 from sdopt.bench.report import BenchReport, Conditions
 from tests.nvml_double import FakeNvml
 from tests.planted_reports import make_report

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bench import peer_optimum, steady
 from sdopt.bench.candidates import Candidate, list_candidates
-from sdopt.bench.peer import run_peer
+from sdopt.bench.measuring import optimum_peer as peer_optimum
+from sdopt.bench.measuring import steady
+from sdopt.bench.measuring.peer import run_peer
+from sdopt.bench.measuring.steady import Effort
 from sdopt.bench.report import Stage
-from sdopt.bench.steady import Effort
 from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.scene import Scene, write_scene

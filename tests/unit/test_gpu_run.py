@@ -14,8 +14,8 @@ from benchmarks.gpu_run import Candidate, Case, Deadline, Row, Run, format_row, 
 from benchmarks.roofline import find_peak_flops
 from sdopt.backends.gpu import find_gpu
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.bench.measuring.roofline import count_flops
 from sdopt.bench.report import Stage
-from sdopt.bench.roofline import count_flops
 from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
 from sdopt.errors import SdoptError
 from sdopt.model.component import ComponentName, describe_component
