@@ -30,8 +30,8 @@ import click
 
 from benchmarks.roofline import find_peak_flops
 from sdopt.backends.open import probe_backend
-from sdopt.bench.measuring.roofline import count_flops
-from sdopt.bench.measuring.steady import Effort
+from sdopt.bench.measure.roofline import count_flops
+from sdopt.bench.measure.steady import Effort
 from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
 from sdopt.bundle.plan_header import RTX_GENERATIONS
@@ -199,7 +199,7 @@ class Run:
             "effort": asdict(Effort(least_pictures=2, most_pictures=6, picture_budget_s=4.0)),
             "launched_ns": time.monotonic_ns(),
         }  # fmt: skip
-        outcome = run_isolated("sdopt.bench.measuring.measure:measure", arguments, timeout_s=self.deadline.take())
+        outcome = run_isolated("sdopt.bench.measure.measure:measure", arguments, timeout_s=self.deadline.take())
         samples = {Stage(stage): times for stage, times in outcome.value["samples_ns"].items()}
         row.stages_ms = {stage: statistics.median(samples[stage]) / 1e6 for stage in _STAGES if stage in samples}
         row.pictures_per_s = 1e3 / row.stages_ms[Stage.END_TO_END]

@@ -18,9 +18,9 @@ from sdopt.bench.candidates import Baseline, Candidate, list_candidates
 from sdopt.bench.compare.component_errors import LayerTables, measure_component_errors, measure_layers
 from sdopt.bench.compare.picture_errors import PictureFigures, compare_candidates
 from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
-from sdopt.bench.measuring.process_environment import measure_conditions, measure_machine, read_cpu_use
-from sdopt.bench.measuring.roofline import find_roof
-from sdopt.bench.measuring.steady import Effort
+from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
+from sdopt.bench.measure.roofline import find_roof
+from sdopt.bench.measure.steady import Effort
 from sdopt.bench.report import (
     BenchReport,
     CandidateKind,
@@ -49,8 +49,8 @@ from sdopt.model.recipe import TorchSettings
 from sdopt.preflight.runnable import require_sound, require_trusted
 
 _ENTRIES = {
-    Scope.PICTURES: "sdopt.bench.measuring.measure:measure",
-    Scope.UNET: "sdopt.bench.measuring.unet:measure_unet",
+    Scope.PICTURES: "sdopt.bench.measure.measure:measure",
+    Scope.UNET: "sdopt.bench.measure.unet:measure_unet",
 }
 
 
@@ -203,7 +203,7 @@ def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) 
     if request.scope is Scope.PICTURES:
         write_scene(request.folder, manifest, scene)
     else:
-        from sdopt.bench.measuring.unet import write_inputs
+        from sdopt.bench.measure.unet import write_inputs
 
         write_inputs(request.folder, manifest, scene.inputs)
     return scene
@@ -253,7 +253,7 @@ def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, coun
 def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -> Outcome:
     arguments["launched_ns"] = time.monotonic_ns()
     if candidate.kind is CandidateKind.PEER:
-        from sdopt.bench.measuring.peer import run_peer
+        from sdopt.bench.measure.peer import run_peer
 
         return run_peer(candidate, arguments, request.time_limit_s)
     return run_isolated(_ENTRIES[request.scope], arguments, timeout_s=request.time_limit_s)

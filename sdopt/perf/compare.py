@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.bench.measuring.conditions import list_problems
+from sdopt.bench.measure.conditions import list_problems
 from sdopt.bench.report import BenchReport, CaseRecord, read_report
 from sdopt.bench.stats import PairVerdict, judge_pair
 from sdopt.bundle.manifest import EnvironmentRecord

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.bench.measuring.conditions import list_condition_problems
-from sdopt.bench.measuring.process_environment import measure_conditions, read_cpu_use
+from sdopt.bench.measure.conditions import list_condition_problems
+from sdopt.bench.measure.process_environment import measure_conditions, read_cpu_use
 from sdopt.bench.report import ProcessRecord
 from sdopt.bench.suite import Suite
 from sdopt.bench.suites import SuiteRun, expand

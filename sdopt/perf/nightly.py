@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdopt import progress
-from sdopt.bench.measuring.conditions import list_condition_problems, list_problems
-from sdopt.bench.measuring.process_environment import measure_machine, read_cpu_use
+from sdopt.bench.measure.conditions import list_condition_problems, list_problems
+from sdopt.bench.measure.process_environment import measure_machine, read_cpu_use
 from sdopt.bench.report import BenchReport, Conditions, read_report
 from sdopt.bench.suite import Suite, SuiteCase
 from sdopt.bench.suites import SuiteRun, expand

@@ -41,14 +41,14 @@ class Nights:
         subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.clone)], check=True, capture_output=True)
         allowed = {
             "sdopt/bench/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
-            "sdopt/bench/measuring/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
+            "sdopt/bench/measure/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
             "sdopt/perf/limits.py": ('"build time", 0.25', '"build time", 1e9'),
             "sdopt/perf/confirm.py": ("MOST_PAIRS = 16", "MOST_PAIRS = 4"),
         }
         commit_edit(self.clone, allowed, "neighbours are allowed")
         commit_edit(
             self.clone,
-            {"sdopt/bench/measuring/conditions.py": ("_CLOCK_FALL = 0.10", "_CLOCK_FALL = 1.0")},
+            {"sdopt/bench/measure/conditions.py": ("_CLOCK_FALL = 0.10", "_CLOCK_FALL = 1.0")},
             "and a fallen clock",
         )
 

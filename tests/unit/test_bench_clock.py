@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdopt.bench.measuring.clock import Clock
+from sdopt.bench.measure.clock import Clock
 from sdopt.bench.report import Stage
 from sdopt.model.component import ComponentName
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench.measuring import conditions as conditions_module
-from sdopt.bench.measuring import process_environment as environment
-from sdopt.bench.measuring.conditions import (
+from sdopt.bench.measure import conditions as conditions_module
+from sdopt.bench.measure import process_environment as environment
+from sdopt.bench.measure.conditions import (
     ClockWatch,
     CpuSource,
     GpuSource,
@@ -19,7 +19,7 @@ from sdopt.bench.measuring.conditions import (
     list_problems,
     watch_conditions,
 )
-from sdopt.bench.measuring.process_environment import CpuUse, measure_conditions
+from sdopt.bench.measure.process_environment import CpuUse, measure_conditions
 from sdopt.bench.report import BenchReport, Conditions
 from tests.nvml_double import FakeNvml
 from tests.planted_reports import make_report

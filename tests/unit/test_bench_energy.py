@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.bench.measuring.energy import NvmlMeter, RaplMeter, open_meter
+from sdopt.bench.measure.energy import NvmlMeter, RaplMeter, open_meter
 from tests.nvml_double import FakeNvml
 
 

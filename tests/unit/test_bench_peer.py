@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.bench.candidates import Candidate, list_candidates
-from sdopt.bench.measuring import optimum_peer as peer_optimum
-from sdopt.bench.measuring import steady
-from sdopt.bench.measuring.peer import run_peer
-from sdopt.bench.measuring.steady import Effort
+from sdopt.bench.measure import optimum_peer as peer_optimum
+from sdopt.bench.measure import steady
+from sdopt.bench.measure.peer import run_peer
+from sdopt.bench.measure.steady import Effort
 from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.errors import MissingDependency, SdoptError

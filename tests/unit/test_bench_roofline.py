@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from sdopt.bench.measuring import roofline
-from sdopt.bench.measuring.roofline import measure_copy, measure_product, measure_roof
+from sdopt.bench.measure import roofline
+from sdopt.bench.measure.roofline import measure_copy, measure_product, measure_roof
 from sdopt.model.precision import Precision
 
 

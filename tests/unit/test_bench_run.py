@@ -16,9 +16,9 @@ from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
 from sdopt.bench.candidates import Candidate, parse_against
 from sdopt.bench.compare.component_errors import ErrorTables, LayerTables
-from sdopt.bench.measuring import roofline as roofline_module
-from sdopt.bench.measuring import unet as unet_module
-from sdopt.bench.measuring.process_environment import CpuUse, measure_machine, read_cpu_use
+from sdopt.bench.measure import roofline as roofline_module
+from sdopt.bench.measure import unet as unet_module
+from sdopt.bench.measure.process_environment import CpuUse, measure_machine, read_cpu_use
 from sdopt.bench.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
 from sdopt.bundle.manifest import EnvironmentRecord, FileRecord, GraphAudit
@@ -77,7 +77,7 @@ class FakeProcesses:
         self._failures, self._nan = failures, nan
 
     def run(self, target: str, arguments: dict[str, Any], timeout_s: float) -> Outcome:
-        if target.startswith("sdopt.bench.measuring.roofline"):
+        if target.startswith("sdopt.bench.measure.roofline"):
             return self._measure_roofline()
         settings = arguments["settings"]
         name = "engines" if settings is None else f"torch-{settings['precision']}"
@@ -205,7 +205,7 @@ def test_layers_are_those_of_the_engines_and_only_where_asked_for(
 def test_the_scope_of_the_unet_draws_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result, fakes = run_fakes(monkeypatch, tmp_path, {}, "eager-fp32", scope=Scope.UNET)
     assert fakes.launched == ["engines", "torch-fp32", "torch-fp32", "engines"]
-    assert fakes.targets == {"sdopt.bench.measuring.unet:measure_unet"}
+    assert fakes.targets == {"sdopt.bench.measure.unet:measure_unet"}
     assert result.report.case.scope is Scope.UNET
     assert (result.reference, dict(result.drawings)) == (None, {})
 

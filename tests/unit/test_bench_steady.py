@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bench.measuring import steady as steady_module
-from sdopt.bench.measuring.steady import Effort, has_settled, time_calls, warm_up
+from sdopt.bench.measure import steady as steady_module
+from sdopt.bench.measure.steady import Effort, has_settled, time_calls, warm_up
 
 S = 1_000_000_000
 

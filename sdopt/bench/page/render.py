@@ -9,7 +9,7 @@ from typing import Any
 
 from sdopt.bench.candidates import ENGINES
 from sdopt.bench.compare.picture_errors import CLIP_SCORE, FID, LPIPS
-from sdopt.bench.measuring.conditions import list_problems
+from sdopt.bench.measure.conditions import list_problems
 from sdopt.bench.page.figures import (
     find_energy,
     find_layers,

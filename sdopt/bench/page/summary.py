@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sdopt.bench.candidates import ENGINES, Baseline
-from sdopt.bench.measuring.conditions import list_problems
+from sdopt.bench.measure.conditions import list_problems
 from sdopt.bench.report import BenchReport, CandidateRecord, DeviceMemoryRecord, ProcessRecord, Scope, Stage, Status
 from sdopt.bench.stats import PairVerdict, Ratio, Speed, Summary, compare_speed, judge_pair, summarize
 from sdopt.fidelity.verdict import find_limits, format_psnr

@@ -1,8 +1,8 @@
 """Draw and time a scene with optimum's ONNX Runtime pipeline. A program of its own, for optimum's environment.
 
 It must not import sdopt, which is not installed there. It speaks as `sdopt.isolation.run_child` expects: one JSON table
-on stdin, JSON lines on stdout; `sdopt.bench.measuring.peer` writes the table. What it times and in which order is what
-`sdopt.bench.measuring.measure` does; its calls are of optimum-onnx 0.1.
+on stdin, JSON lines on stdout; `sdopt.bench.measure.peer` writes the table. What it times and in which order is what
+`sdopt.bench.measure.measure` does; its calls are of optimum-onnx 0.1.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Painter:
 
 
 def measure(job: dict[str, Any], tell: Callable[[str, float], None]) -> dict[str, Any]:
-    """What `sdopt.bench.measuring.measure.measure` returns, as far as it can be known from outside."""
+    """What `sdopt.bench.measure.measure.measure` returns, as far as it can be known from outside."""
     from optimum.onnxruntime import ORTDiffusionPipeline
 
     import diffusers  # isort: skip - which takes seconds, and is of no use without the above

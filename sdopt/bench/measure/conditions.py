@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdopt.bench.measuring.process_environment import list_own_cores
+from sdopt.bench.measure.process_environment import list_own_cores
 from sdopt.bench.report import NEIGHBOURS_ALLOWED_CORES, BenchReport, Conditions
 from sdopt.machine.device_memory import find_handle, open_nvml
 

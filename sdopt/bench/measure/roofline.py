@@ -51,7 +51,7 @@ def find_roof(folder: Path, manifest: BundleManifest, timeout_s: float) -> Roof:
     device = "cuda" if engines_use_gpu(manifest) else "cpu"
     arguments: JsonTable = {"folder": str(folder), "manifest": manifest.model_dump_json(), "device": device}
     try:
-        value = run_isolated("sdopt.bench.measuring.roofline:measure_roofline", arguments, timeout_s=timeout_s).value
+        value = run_isolated("sdopt.bench.measure.roofline:measure_roofline", arguments, timeout_s=timeout_s).value
     except SdoptError as error:
         return Roof(notes=(f"the roofline was not measured: {error.message}",))
     flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from sdopt import progress
 from sdopt.backends.protocol import Session
-from sdopt.bench.measuring.clock import Clock
-from sdopt.bench.measuring.measure import (
+from sdopt.bench.measure.clock import Clock
+from sdopt.bench.measure.measure import (
     Milestone,
     describe_start,
     find_own_gpu,
@@ -24,7 +24,7 @@ from sdopt.bench.measuring.measure import (
     torch_peak_bytes,
     watch_memory,
 )
-from sdopt.bench.measuring.steady import Effort, has_settled, time_calls, warm_up
+from sdopt.bench.measure.steady import Effort, has_settled, time_calls, warm_up
 from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
@@ -50,7 +50,7 @@ def write_inputs(folder: Path, manifest: BundleManifest, path: Path) -> None:
 
 
 def measure_unet(arguments: JsonTable) -> JsonTable:
-    """Run a candidate's UNet; the result is that of `sdopt.bench.measuring.measure.measure`, without a scheduler's name.
+    """Run a candidate's UNet; the result is that of `sdopt.bench.measure.measure.measure`, without a scheduler's name.
 
     The scene's file of inputs is that of `write_inputs` and holds one guided step: its batch has both halves. Samples
     are under `Stage.UNET_STEP`, energy is that of a step, and the first picture is the first step.

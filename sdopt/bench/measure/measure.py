@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
 from sdopt.backends.protocol import Session
-from sdopt.bench.measuring.clock import Clock
-from sdopt.bench.measuring.steady import Effort, Steady, has_settled, time_calls, warm_up
+from sdopt.bench.measure.clock import Clock
+from sdopt.bench.measure.steady import Effort, Steady, has_settled, time_calls, warm_up
 from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings

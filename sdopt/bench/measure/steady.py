@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sdopt.bench.measuring.conditions import watch_conditions
-from sdopt.bench.measuring.energy import open_meter
+from sdopt.bench.measure.conditions import watch_conditions
+from sdopt.bench.measure.energy import open_meter
 from sdopt.bench.report import Conditions
 
 
