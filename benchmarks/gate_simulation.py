@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, chi2
 
-from sdopt.bench.report import Conditions
+from sdopt.bench.case.report import Conditions
 from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.perf.confirm_rules import Confirm, Confirmation
 from sdopt.perf.findings import GateReport, Rule

@@ -30,9 +30,9 @@ import click
 
 from benchmarks.roofline import find_peak_flops
 from sdopt.backends.open import probe_backend
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
 from sdopt.bench.measure.steady import Effort
-from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
 from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.disk.files import write_file

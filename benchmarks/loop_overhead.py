@@ -28,7 +28,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from sdopt.backends.protocol import MemoryUse
-from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
+from sdopt.bench.case.random_checkpoint import UNET_SD15, UNET_SDXL
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component
 from sdopt.model.family import Family, Prediction

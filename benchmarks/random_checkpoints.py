@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from sdopt.checkpoint.synthetic import make_checkpoint
+from sdopt.bench.case.random_checkpoint import make_checkpoint
 
 
 @click.command()

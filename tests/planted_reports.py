@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.bench.report import (
+from sdopt.bench.case.report import (
     BenchReport,
     CandidateKind,
     CandidateRecord,

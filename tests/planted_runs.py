@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sdopt.bench.report import Conditions
+from sdopt.bench.case.report import Conditions
 from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.perf.fingerprint import fingerprint_of
 from sdopt.perf.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdopt.bench.candidates import Candidate
-from sdopt.bench.report import CandidateKind, CaseRecord, Scope
+from sdopt.bench.case.candidates import Candidate
+from sdopt.bench.case.report import CandidateKind, CaseRecord, Scope
 from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError

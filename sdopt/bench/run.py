@@ -14,14 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from sdopt import progress
-from sdopt.bench.candidates import Baseline, Candidate, list_candidates
-from sdopt.bench.compare.component_errors import LayerTables, measure_component_errors, measure_layers
-from sdopt.bench.compare.picture_errors import PictureFigures, compare_candidates
-from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
-from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
-from sdopt.bench.measure.roofline import find_roof
-from sdopt.bench.measure.steady import Effort
-from sdopt.bench.report import (
+from sdopt.bench.case.candidates import Baseline, Candidate, list_candidates
+from sdopt.bench.case.report import (
     BenchReport,
     CandidateKind,
     CandidateRecord,
@@ -32,7 +26,13 @@ from sdopt.bench.report import (
     Scope,
     Status,
 )
-from sdopt.bench.suites import SuiteRun
+from sdopt.bench.case.suites import SuiteRun
+from sdopt.bench.compare.component_errors import LayerTables, measure_component_errors, measure_layers
+from sdopt.bench.compare.picture_errors import PictureFigures, compare_candidates
+from sdopt.bench.describe import describe_audits, describe_case, find_build_time, find_size
+from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
+from sdopt.bench.measure.roofline import find_roof
+from sdopt.bench.measure.steady import Effort
 from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError

@@ -19,8 +19,8 @@ from sdopt.cli.text import TRUST_ENGINE_HELP, neutralise
 from sdopt.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
+    from sdopt.bench.case.report import BenchReport
     from sdopt.bench.page.summary import CandidateSummary
-    from sdopt.bench.report import BenchReport
     from sdopt.bench.run import BenchRequest, BenchResult
 
 
@@ -84,9 +84,9 @@ def bench(
     Every candidate runs in fresh processes, interleaved with the others. One that fails becomes a row with
     its message.
     """
-    from sdopt.bench.baselines import parse_against
+    from sdopt.bench.case.baselines import parse_against
+    from sdopt.bench.case.suites import expand, load_suite
     from sdopt.bench.run import BenchRequest, apply_run
-    from sdopt.bench.suites import expand, load_suite
     from sdopt.fidelity.perceptual.weights import parse_weights
 
     given: dict[str, Any] = {
@@ -178,10 +178,10 @@ def _print_table(report: BenchReport) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from sdopt.bench.candidates import ENGINES
+    from sdopt.bench.case.candidates import ENGINES
+    from sdopt.bench.case.report import Scope, Status
     from sdopt.bench.page.pairs import judge_pairs, lay_out_matrix
     from sdopt.bench.page.summary import describe_result, format_bytes, format_speed, summarize_candidates
-    from sdopt.bench.report import Scope, Status
 
     draws = report.case.scope is Scope.PICTURES
     what = f"{report.case.steps} steps" if draws else "one step of the UNet"
@@ -215,8 +215,8 @@ def _print_table(report: BenchReport) -> None:
 
 def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) -> list[str]:
     """The cells behind the label."""
+    from sdopt.bench.case.report import Stage
     from sdopt.bench.page.summary import NOT_MEASURED, format_bytes, format_ns
-    from sdopt.bench.report import Stage
     from sdopt.fidelity.verdict import format_psnr
 
     step = row.stages.get(Stage.UNET_STEP)
@@ -233,8 +233,8 @@ def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) ->
 
 
 def _engines_failed(report: BenchReport) -> bool:
-    from sdopt.bench.candidates import ENGINES
-    from sdopt.bench.report import Status
+    from sdopt.bench.case.candidates import ENGINES
+    from sdopt.bench.case.report import Status
 
     engines = report.candidate(ENGINES)
     return engines is not None and engines.status is not Status.OK

@@ -19,7 +19,7 @@ from sdopt.cli.text import neutralise
 from sdopt.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdopt.bench.suite import Suite
+    from sdopt.bench.case.suite import Suite
     from sdopt.perf.bisect import Bisection
     from sdopt.perf.history import History
     from sdopt.perf.record import RunRecord, SeriesKey
@@ -52,7 +52,7 @@ def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: 
 
     The run waits for `sdopt perf gate` in a folder beside the history. A case that fails is in it; the others go on.
     """
-    from sdopt.bench.suites import load_suite
+    from sdopt.bench.case.suites import load_suite
     from sdopt.perf.history import History
     from sdopt.perf.nightly import measure_suite, write_night
     from sdopt.perf.record import RunKind
@@ -126,7 +126,7 @@ def bisect(span: str, series: str, suite: str, as_json: bool) -> None:
 
     Commits that cannot be built or measured are passed over and named.
     """
-    from sdopt.bench.suites import load_suite
+    from sdopt.bench.case.suites import load_suite
     from sdopt.perf.bisect import bisect as search
     from sdopt.perf.nightly import find_job
     from sdopt.perf.worktree import find_own_tree

@@ -13,8 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.bench.stats import Speed, judge_pair
-from sdopt.bench.suites import SuiteRun
+from sdopt.bench.case.stats import Speed, judge_pair
+from sdopt.bench.case.suites import SuiteRun
 from sdopt.errors import SdoptError, UsageError
 from sdopt.perf.confirm import MOST_PAIRS, measure_pairs, opened_side
 from sdopt.perf.record import Metric

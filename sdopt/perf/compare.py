@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdopt.bench.case.report import BenchReport, CaseRecord, read_report
+from sdopt.bench.case.stats import PairVerdict, judge_pair
 from sdopt.bench.measure.conditions import list_problems
-from sdopt.bench.report import BenchReport, CaseRecord, read_report
-from sdopt.bench.stats import PairVerdict, judge_pair
 from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.errors import UsageError
 from sdopt.perf.fingerprint import describe_change

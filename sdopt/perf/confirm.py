@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import progress
+from sdopt.bench.case.report import ProcessRecord
+from sdopt.bench.case.suite import Suite
+from sdopt.bench.case.suites import SuiteRun, expand
 from sdopt.bench.measure.conditions import list_condition_problems
 from sdopt.bench.measure.process_environment import measure_conditions, read_cpu_use
-from sdopt.bench.report import ProcessRecord
-from sdopt.bench.suite import Suite
-from sdopt.bench.suites import SuiteRun, expand
 from sdopt.errors import SdoptError
 from sdopt.perf.confirm_rules import Confirmation
 from sdopt.perf.nightly import Bundle, build_bundle

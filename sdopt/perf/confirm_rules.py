@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdopt.bench.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, judge_pair
+from sdopt.bench.case.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, judge_pair
 from sdopt.perf.findings import Outcome, SuspectRecord
 from sdopt.perf.multiple import adjust_p_values
 from sdopt.perf.record import SeriesKey

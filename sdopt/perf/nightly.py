@@ -19,11 +19,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdopt import progress
+from sdopt.bench.case.report import BenchReport, Conditions, read_report
+from sdopt.bench.case.suite import Suite, SuiteCase
+from sdopt.bench.case.suites import SuiteRun, expand
 from sdopt.bench.measure.conditions import list_condition_problems, list_problems
 from sdopt.bench.measure.process_environment import measure_machine, read_cpu_use
-from sdopt.bench.report import BenchReport, Conditions, read_report
-from sdopt.bench.suite import Suite, SuiteCase
-from sdopt.bench.suites import SuiteRun, expand
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, SdoptError, UsageError

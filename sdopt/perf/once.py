@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt.bench.report import write_report
-from sdopt.bench.suite import SuiteCase, SuiteMethod
-from sdopt.bench.suites import SuiteRun
+from sdopt.bench.case.report import write_report
+from sdopt.bench.case.suite import SuiteCase, SuiteMethod
+from sdopt.bench.case.suites import SuiteRun
 from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError

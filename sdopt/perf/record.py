@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdopt.bench.report import Conditions
+from sdopt.bench.case.report import Conditions
 from sdopt.bundle.manifest import EnvironmentRecord
 
 SCHEMA_VERSION = 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from sdopt.bench.candidates import ENGINES
-from sdopt.bench.report import BenchReport, CandidateRecord, Conditions, ProcessRecord, Stage, Status
+from sdopt.bench.case.candidates import ENGINES
+from sdopt.bench.case.report import BenchReport, CandidateRecord, Conditions, ProcessRecord, Stage, Status
 from sdopt.perf.record import FailureRecord, Metric, SeriesKey, SeriesRecord
 
 Groups = tuple[tuple[float, ...], ...]

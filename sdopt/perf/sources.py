@@ -55,7 +55,7 @@ def _make_random(family: str, folder: Path) -> None:
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
         arguments = {"family": family, "folder": str(made), "seed": _SEED}
-        run_isolated("sdopt.checkpoint.synthetic:make_in_child", arguments)
+        run_isolated("sdopt.bench.case.random_checkpoint:make_in_child", arguments)
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -40,7 +40,7 @@ class Nights:
         (folder / "small.toml").write_text(quicker)
         subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.clone)], check=True, capture_output=True)
         allowed = {
-            "sdopt/bench/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
+            "sdopt/bench/case/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
             "sdopt/bench/measure/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
             "sdopt/perf/limits.py": ('"build time", 0.25', '"build time", 1e9'),
             "sdopt/perf/confirm.py": ("MOST_PAIRS = 16", "MOST_PAIRS = 4"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sdopt.bench.case.report import BenchReport
 from sdopt.bench.page.render import IndexEntry
 from sdopt.bench.page.report_files import write_index, write_report_files
-from sdopt.bench.report import BenchReport
 from tests.browser import NAMES, Browser, find_browser, open_browser
 from tests.planted_reports import make_full_report, make_gpu_processes, make_report, make_result, make_unet_report
 

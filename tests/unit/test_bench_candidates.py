@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench import baselines
-from sdopt.bench import candidates as candidates_module
-from sdopt.bench.baselines import Baseline, parse_against
-from sdopt.bench.candidates import ENGINES, label_engines, list_candidates
-from sdopt.bench.report import CandidateKind
+from sdopt.bench.case import baselines
+from sdopt.bench.case import candidates as candidates_module
+from sdopt.bench.case.baselines import Baseline, parse_against
+from sdopt.bench.case.candidates import ENGINES, label_engines, list_candidates
+from sdopt.bench.case.report import CandidateKind
 from sdopt.bundle.manifest import BundleManifest, read_manifest, write_manifest
 from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
 from sdopt.model.component import ComponentName

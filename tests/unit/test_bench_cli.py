@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sdopt.bench import run as run_module
+from sdopt.bench.case.report import BenchReport, Scope, Status, read_report
 from sdopt.bench.page.pairs import judge_pairs
-from sdopt.bench.report import BenchReport, Scope, Status, read_report
 from sdopt.bench.run import BenchRequest, BenchResult
 from sdopt.cli.bench import bench
 from sdopt.errors import ArtifactError, UsageError

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.clock import Clock
-from sdopt.bench.report import Stage
 from sdopt.model.component import ComponentName
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sdopt.bench.case.report import BenchReport, Conditions
 from sdopt.bench.measure import conditions as conditions_module
 from sdopt.bench.measure import process_environment as environment
 from sdopt.bench.measure.conditions import (
@@ -20,7 +21,6 @@ from sdopt.bench.measure.conditions import (
     watch_conditions,
 )
 from sdopt.bench.measure.process_environment import CpuUse, measure_conditions
-from sdopt.bench.report import BenchReport, Conditions
 from tests.nvml_double import FakeNvml
 from tests.planted_reports import make_report
 

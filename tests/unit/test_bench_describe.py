@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sdopt.bench import describe as describe_module
-from sdopt.bench.candidates import Candidate
+from sdopt.bench.case.candidates import Candidate
+from sdopt.bench.case.report import CandidateKind
 from sdopt.bench.describe import describe_audits, find_build_time, find_size
-from sdopt.bench.report import CandidateKind
 from sdopt.bundle.manifest import BuildRecord, FileRecord, GraphAudit, OutputParity, ParityRecord
 from sdopt.errors import MissingHardware
 from sdopt.model.component import ComponentName

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sdopt.backends.protocol import DeviceMemory
+from sdopt.bench.case.report import DeviceMemoryRecord, ProcessRecord, Stage
 from sdopt.bench.measure.measure import measure, read_device_memory
 from sdopt.bench.measure.unet import measure_unet, require_finite, write_inputs
-from sdopt.bench.report import DeviceMemoryRecord, ProcessRecord, Stage
 from sdopt.errors import SdoptError
 from sdopt.fidelity.draw import draw, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene

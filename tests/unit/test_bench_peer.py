@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bench.candidates import Candidate, list_candidates
+from sdopt.bench.case.candidates import Candidate, list_candidates
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure import optimum_peer as peer_optimum
 from sdopt.bench.measure import steady
 from sdopt.bench.measure.peer import run_peer
 from sdopt.bench.measure.steady import Effort
-from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.scene import Scene, write_scene

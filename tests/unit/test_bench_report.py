@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sdopt.bench.report import SCHEMA_VERSION, CandidateRecord, Stage, Status, read_report, write_report
+from sdopt.bench.case.report import SCHEMA_VERSION, CandidateRecord, Stage, Status, read_report, write_report
 from sdopt.errors import ArtifactError
 from sdopt.model.precision import Precision
 from tests.planted_reports import make_gpu_processes, make_report

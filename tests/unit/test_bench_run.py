@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
-from sdopt.bench.candidates import Candidate, parse_against
+from sdopt.bench.case.candidates import Candidate, parse_against
+from sdopt.bench.case.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.compare.component_errors import ErrorTables, LayerTables
 from sdopt.bench.measure import roofline as roofline_module
 from sdopt.bench.measure import unet as unet_module
 from sdopt.bench.measure.process_environment import CpuUse, measure_machine, read_cpu_use
-from sdopt.bench.report import ComponentErrorRecord, LayerRecord, Scope, Stage, Status
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
 from sdopt.bundle.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.errors import MissingDependency, SdoptError

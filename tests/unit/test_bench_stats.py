@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdopt.bench.stats import Speed, compare_speed, fit_steps, judge_pair, summarize
+from sdopt.bench.case.stats import Speed, compare_speed, fit_steps, judge_pair, summarize
 
 GROUPS = st.lists(st.lists(st.integers(1, 10**12), min_size=1, max_size=20), min_size=1, max_size=4)
 

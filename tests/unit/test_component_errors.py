@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sdopt.bench.candidates import Candidate
+from sdopt.bench.case.candidates import Candidate
+from sdopt.bench.case.report import CandidateKind, Scope
 from sdopt.bench.compare.component_errors import measure_component_errors
-from sdopt.bench.report import CandidateKind, Scope
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

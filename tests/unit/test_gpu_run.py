@@ -14,9 +14,9 @@ from benchmarks.gpu_run import Candidate, Case, Deadline, Row, Run, format_row, 
 from benchmarks.roofline import find_peak_flops
 from sdopt.backends.gpu import find_gpu
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.bench.case.random_checkpoint import UNET_SD15, UNET_SDXL
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
-from sdopt.bench.report import Stage
-from sdopt.checkpoint.synthetic import UNET_SD15, UNET_SDXL
 from sdopt.errors import SdoptError
 from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family

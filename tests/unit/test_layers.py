@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sdopt.backends.open import probe_backend
+from sdopt.bench.case.report import LayerRecord
 from sdopt.bench.compare.component_errors import find_first_parting, measure_layers
-from sdopt.bench.report import LayerRecord
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.fidelity import layers
 from sdopt.fidelity.layers import _measure_error, compare_layers, split_runs

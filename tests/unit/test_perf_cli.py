@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from sdopt.bench.suite import Suite, SuiteCase
+from sdopt.bench.case.suite import Suite, SuiteCase
 from sdopt.cli import perf as perf_cli
 from sdopt.errors import SdoptError, UsageError
 from sdopt.perf.history import History

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench.report import BenchReport, write_report
-from sdopt.bench.stats import Speed
+from sdopt.bench.case.report import BenchReport, write_report
+from sdopt.bench.case.stats import Speed
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.perf.compare import (
     OTHER_ENVIRONMENT,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench.report import Conditions, ProcessRecord, Stage, Status, write_report
-from sdopt.bench.suite import Suite, SuiteCase, SuiteMethod
-from sdopt.bench.suites import expand
+from sdopt.bench.case.report import Conditions, ProcessRecord, Stage, Status, write_report
+from sdopt.bench.case.suite import Suite, SuiteCase, SuiteMethod
+from sdopt.bench.case.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
 from sdopt.isolation import JsonTable
 from sdopt.perf import confirm, judge, nightly

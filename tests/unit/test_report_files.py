@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sdopt.bench.case.report import Stage, read_report
+from sdopt.bench.case.stats import Speed
 from sdopt.bench.page.csv_export import SAMPLE_COLUMNS, SUMMARY_COLUMNS, format_samples, format_summary, quote_formula
 from sdopt.bench.page.figures import find_energy, find_layers, fit_candidate, measure_roofline_use, split_memory
 from sdopt.bench.page.pairs import judge_pairs, lay_out_matrix
 from sdopt.bench.page.report_files import write_report_files
 from sdopt.bench.page.summary import summarize_candidates
-from sdopt.bench.report import Stage, read_report
-from sdopt.bench.stats import Speed
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from tests.planted_reports import MS, make_full_report, make_process, make_report, make_result, make_unet_report

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from sdopt.bench.case.report import Conditions, Status
 from sdopt.bench.page.pictures import encode_picture
 from sdopt.bench.page.render import IndexEntry, render_html, render_index
 from sdopt.bench.page.stage_plots import plot_cosines
@@ -21,7 +22,6 @@ from sdopt.bench.page.summary import (
     shorten,
     summarize_candidates,
 )
-from sdopt.bench.report import Conditions, Status
 from sdopt.fidelity.metrics import to_picture
 from sdopt.model.precision import Precision
 from tests.planted_reports import (

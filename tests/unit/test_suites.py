@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bench.report import Scope
-from sdopt.bench.suites import expand, load_suite, parse_suite
+from sdopt.bench.case.report import Scope
+from sdopt.bench.case.suites import expand, load_suite, parse_suite
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 
 SUITES = Path(__file__).parents[2] / "configs" / "suites"

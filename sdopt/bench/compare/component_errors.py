@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdopt.bench.candidates import Candidate
-from sdopt.bench.report import CandidateKind, ComponentErrorRecord, LayerRecord, Scope
+from sdopt.bench.case.candidates import Candidate
+from sdopt.bench.case.report import CandidateKind, ComponentErrorRecord, LayerRecord, Scope
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.components import measure_components, run_reference_components

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt import progress
-from sdopt.bench.report import PictureRecord
+from sdopt.bench.case.report import PictureRecord
 from sdopt.errors import SdoptError
 from sdopt.fidelity.colour import measure_colour_error
 from sdopt.fidelity.draw import Drawing

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from sdopt.backends.protocol import MemoryUse, Session
-from sdopt.bench.report import Stage
+from sdopt.bench.case.report import Stage
 from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.shape import Extent
 

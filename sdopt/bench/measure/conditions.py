@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdopt.bench.case.report import NEIGHBOURS_ALLOWED_CORES, BenchReport, Conditions
 from sdopt.bench.measure.process_environment import list_own_cores
-from sdopt.bench.report import NEIGHBOURS_ALLOWED_CORES, BenchReport, Conditions
 from sdopt.machine.device_memory import find_handle, open_nvml
 
 # A virtual machine that is denied its time is as slow as one beside a neighbour.

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
 from sdopt.backends.protocol import Session
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.clock import Clock
 from sdopt.bench.measure.steady import Effort, Steady, has_settled, time_calls, warm_up
-from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings
 from sdopt.fidelity.draw import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing

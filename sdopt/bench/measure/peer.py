@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdopt.bench.candidates import Candidate
+from sdopt.bench.case.candidates import Candidate
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import Scene

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from sdopt.bench.report import Conditions, MachineRecord
+from sdopt.bench.case.report import Conditions, MachineRecord
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.bench.report import RooflineRecord
+from sdopt.bench.case.report import RooflineRecord
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import engines_use_gpu

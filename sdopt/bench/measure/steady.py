@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sdopt.bench.case.report import Conditions
 from sdopt.bench.measure.conditions import watch_conditions
 from sdopt.bench.measure.energy import open_meter
-from sdopt.bench.report import Conditions
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sdopt import progress
 from sdopt.backends.protocol import Session
+from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.clock import Clock
 from sdopt.bench.measure.measure import (
     Milestone,
@@ -25,7 +26,6 @@ from sdopt.bench.measure.measure import (
     watch_memory,
 )
 from sdopt.bench.measure.steady import Effort, has_settled, time_calls, warm_up
-from sdopt.bench.report import Stage
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import parse_settings

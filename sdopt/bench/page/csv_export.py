@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 
+from sdopt.bench.case.report import BenchReport, CandidateRecord, ProcessRecord
 from sdopt.bench.page.summary import summarize_candidates
-from sdopt.bench.report import BenchReport, CandidateRecord, ProcessRecord
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 

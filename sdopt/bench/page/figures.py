@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdopt.bench.page.summary import CandidateSummary
-from sdopt.bench.report import (
+from sdopt.bench.case.report import (
     BenchReport,
     CandidateRecord,
     LayerRecord,
@@ -17,7 +16,8 @@ from sdopt.bench.report import (
     RooflineRecord,
     Stage,
 )
-from sdopt.bench.stats import StepFit, fit_steps
+from sdopt.bench.case.stats import StepFit, fit_steps
+from sdopt.bench.page.summary import CandidateSummary
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from sdopt.bench.report import BenchReport, CandidateRecord, Status
-from sdopt.bench.stats import PairVerdict, Ratio, Speed, judge_pair
+from sdopt.bench.case.report import BenchReport, CandidateRecord, Status
+from sdopt.bench.case.stats import PairVerdict, Ratio, Speed, judge_pair
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sdopt.bench.candidates import ENGINES, Baseline
+from sdopt.bench.case.candidates import ENGINES, Baseline
+from sdopt.bench.case.report import CandidateRecord
 from sdopt.bench.page.summary import shorten
-from sdopt.bench.report import CandidateRecord
 from sdopt.bench.run import BenchResult
 from sdopt.bundle.manifest import ImageFidelity
 from sdopt.fidelity.draw import Drawing

@@ -14,9 +14,9 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from sdopt.bench.candidates import ENGINES
+from sdopt.bench.case.candidates import ENGINES
+from sdopt.bench.case.report import CandidateRecord
 from sdopt.bench.page.summary import CandidateSummary
-from sdopt.bench.report import CandidateRecord
 from sdopt.errors import MissingDependency
 
 try:

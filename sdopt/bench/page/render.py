@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from sdopt.bench.candidates import ENGINES
+from sdopt.bench.case.candidates import ENGINES
+from sdopt.bench.case.report import BenchReport, Scope, Stage, Status
 from sdopt.bench.compare.picture_errors import CLIP_SCORE, FID, LPIPS
 from sdopt.bench.measure.conditions import list_problems
 from sdopt.bench.page.figures import (
@@ -37,7 +38,6 @@ from sdopt.bench.page.summary import (
     shorten,
     summarize_candidates,
 )
-from sdopt.bench.report import BenchReport, Scope, Stage, Status
 from sdopt.bench.run import BenchResult
 from sdopt.errors import MissingDependency
 from sdopt.fidelity.verdict import format_psnr

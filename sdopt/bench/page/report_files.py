@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdopt.bench.case.report import write_report
 from sdopt.bench.page.csv_export import format_samples, format_summary
 from sdopt.bench.page.render import IndexEntry, render_html, render_index
-from sdopt.bench.report import write_report
 from sdopt.bench.run import BenchResult
 from sdopt.disk.files import write_file
 

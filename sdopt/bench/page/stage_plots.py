@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sdopt.bench.case.report import CandidateRecord, Stage
 from sdopt.bench.page.figures import split_device_memory, split_memory, worst_picture
 from sdopt.bench.page.plots import GAP, SERIES, TEXT, WIDTH_IN, Plot, make_axes, style_axes, to_plot
 from sdopt.bench.page.summary import CandidateSummary
-from sdopt.bench.report import CandidateRecord, Stage
 
 STAGE_LABELS = {
     Stage.TEXT_ENCODER: "text encoder",

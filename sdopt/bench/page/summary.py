@@ -6,10 +6,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sdopt.bench.candidates import ENGINES, Baseline
+from sdopt.bench.case.candidates import ENGINES, Baseline
+from sdopt.bench.case.report import (
+    BenchReport,
+    CandidateRecord,
+    DeviceMemoryRecord,
+    ProcessRecord,
+    Scope,
+    Stage,
+    Status,
+)
+from sdopt.bench.case.stats import PairVerdict, Ratio, Speed, Summary, compare_speed, judge_pair, summarize
 from sdopt.bench.measure.conditions import list_problems
-from sdopt.bench.report import BenchReport, CandidateRecord, DeviceMemoryRecord, ProcessRecord, Scope, Stage, Status
-from sdopt.bench.stats import PairVerdict, Ratio, Speed, Summary, compare_speed, judge_pair, summarize
 from sdopt.fidelity.verdict import find_limits, format_psnr
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

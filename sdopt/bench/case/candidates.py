@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdopt.bench.baselines import (
+from sdopt.bench.case.baselines import (
     Baseline,
     find_missing,
     label_torch,
@@ -14,7 +14,7 @@ from sdopt.bench.baselines import (
     parse_against,
     usual_baselines,
 )
-from sdopt.bench.report import CandidateKind
+from sdopt.bench.case.report import CandidateKind
 from sdopt.bundle.manifest import BundleManifest, ComponentRecord, read_config, read_manifest
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sdopt.bench.baselines import parse_against
-from sdopt.bench.suite import Suite, SuiteCase, SuiteMethod
+from sdopt.bench.case.baselines import parse_against
+from sdopt.bench.case.suite import Suite, SuiteCase, SuiteMethod
 from sdopt.disk.configs import find_config, read_prompts
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.recipe import parse_recipe

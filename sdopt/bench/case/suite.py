@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sdopt.bench.report import Scope
+from sdopt.bench.case.report import Scope
 
 
 class _Frozen(BaseModel):
