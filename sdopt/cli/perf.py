@@ -88,9 +88,9 @@ def gate(folder: Path | None, history_file: Path, confirm_minutes: float, accept
     Suspects are measured again in the same night, in turns with the last good commit. Writes gate.md, gate.html and
     gate.json into FOLDER. Exit code 3: something became worse (or much better), or was not measured.
     """
-    from sdopt.perf.alarm_page import describe_gate
     from sdopt.perf.history import History
     from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
+    from sdopt.perf.pages.alarm_page import describe_gate
 
     history = History(history_file.absolute())
     if accept is not None:
@@ -173,10 +173,10 @@ def compare(before: str, after: str, history_file: Path, force: bool, as_json: b
 @_JSON
 def history(history_file: Path, report: Path | None, export_folder: Path | None, wanted: str, as_json: bool) -> None:
     """Show the history: its runs and the last point of each series."""
-    from sdopt.perf.export import write_exports
     from sdopt.perf.history import History, find_run
     from sdopt.perf.index import view_indexed
-    from sdopt.perf.page import format_history, write_history_page
+    from sdopt.perf.pages.benchmark_export import write_exports
+    from sdopt.perf.pages.page import format_history, write_history_page
 
     found = History(history_file)
     view = view_indexed(found)
