@@ -90,7 +90,7 @@ def gate(folder: Path | None, history_file: Path, confirm_minutes: float, accept
     """
     from sdopt.perf.history import History
     from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
-    from sdopt.perf.pages.alarm_page import describe_gate
+    from sdopt.perf.page.alarm_page import describe_gate
 
     history = History(history_file.absolute())
     if accept is not None:
@@ -175,8 +175,8 @@ def history(history_file: Path, report: Path | None, export_folder: Path | None,
     """Show the history: its runs and the last point of each series."""
     from sdopt.perf.history import History, find_run
     from sdopt.perf.index import view_indexed
-    from sdopt.perf.pages.benchmark_export import write_exports
-    from sdopt.perf.pages.page import format_history, write_history_page
+    from sdopt.perf.page.benchmark_export import write_exports
+    from sdopt.perf.page.page import format_history, write_history_page
 
     found = History(history_file)
     view = view_indexed(found)

@@ -14,7 +14,7 @@ from sdopt.perf.gate import judge_night
 from sdopt.perf.history import History, find_run, new_run_id
 from sdopt.perf.nightly import RUN_NAME, read_night
 from sdopt.perf.nights import accept_run, find_last_good
-from sdopt.perf.pages.alarm_page import render_markdown, render_page
+from sdopt.perf.page.alarm_page import render_markdown, render_page
 from sdopt.perf.record import RunRecord
 from sdopt.perf.worktree import find_own_tree
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.perf.pages.page import write_history_page
+from sdopt.perf.page.page import write_history_page
 from tests.browser import NAMES, Browser, find_browser, open_browser
 from tests.unit.test_perf_page import make_view
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.perf.history import DamagedLine, HistoryContents
-from sdopt.perf.pages.page import (
+from sdopt.perf.page.page import (
     COLUMNS,
     PAGE_NAME,
     describe_history,

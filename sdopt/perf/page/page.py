@@ -70,7 +70,7 @@ def render_history(view: HistoryView) -> str:
     try:
         import jinja2
 
-        from sdopt.perf.pages.history_plots import plot_series
+        from sdopt.perf.page.history_plots import plot_series
     except ImportError as error:
         raise MissingDependency.of("jinja2", extra="report") from error
     folders = (files("sdopt.perf").joinpath("templates"), files("sdopt.bench").joinpath("templates"))
