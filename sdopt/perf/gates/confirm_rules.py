@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdopt.bench.case.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, judge_pair
-from sdopt.perf.findings import Outcome, SuspectRecord
-from sdopt.perf.multiple import adjust_p_values
+from sdopt.perf.gates.findings import Outcome, SuspectRecord
+from sdopt.perf.gates.multiple import adjust_p_values
+from sdopt.perf.gates.screen import Suspect
 from sdopt.perf.record import SeriesKey
-from sdopt.perf.screen import Suspect
 
 LEVEL = 0.02
 """Of the q-values: what `judge_pair` finds at 5 % would wake somebody for nothing once a month on a noisy machine."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sdopt.perf.confirm_rules import Confirm, judge_suspects
-from sdopt.perf.drift import WEEKS, find_steps, is_first_of_week
-from sdopt.perf.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
-from sdopt.perf.limits import IMPROVED_CHANGE, check_limits, find_failures, find_missing
+from sdopt.perf.gates.confirm_rules import Confirm, judge_suspects
+from sdopt.perf.gates.drift import WEEKS, find_steps, is_first_of_week
+from sdopt.perf.gates.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
+from sdopt.perf.gates.gate_limits import IMPROVED_CHANGE, check_limits, find_failures, find_missing
+from sdopt.perf.gates.screen import Suspect, screen_times
 from sdopt.perf.nights import (
     NightValues,
     collect,
@@ -24,7 +25,6 @@ from sdopt.perf.nights import (
     take_values,
 )
 from sdopt.perf.record import MetricKind, RunKind, RunRecord, SeriesKey
-from sdopt.perf.screen import Suspect, screen_times
 
 BLIND_NIGHTS = 3
 """One dirty night is a neighbour, two are bad luck; after the third nobody has watched the times for half a week."""
