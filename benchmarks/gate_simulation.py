@@ -3,7 +3,7 @@
     python benchmarks/gate_simulation.py --json benchmarks/reports/gate-simulation.json \
         --markdown benchmarks/reports/gate-simulation.md
 
-Simulated nights go through the real gate (`sdopt.perf.gates.gate.judge_night`), run by run, with the verdicts of the nights
+Simulated nights go through the real gate (`sdopt.perf.gate.gate.judge_night`), run by run, with the verdicts of the nights
 before. A night's time is its series' true time, times the noise of the night (of the whole machine, and of the series),
 of the process, and of the sample; all are log-normal. An A/B of the same night shares the night's noise and has its own
 processes and samples. Every seed is fixed: the same table comes out again.
@@ -27,9 +27,9 @@ from scipy.stats import beta, chi2
 
 from sdopt.bench.case.report import Conditions
 from sdopt.bundle.manifest import EnvironmentRecord
-from sdopt.perf.gates.confirm_rules import Confirm, Confirmation
-from sdopt.perf.gates.findings import GateReport, Rule
-from sdopt.perf.gates.gate import judge_night
+from sdopt.perf.gate.confirm_rules import Confirm, Confirmation
+from sdopt.perf.gate.findings import GateReport, Rule
+from sdopt.perf.gate.gate import judge_night
 from sdopt.perf.nights import find_last_good
 from sdopt.perf.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
 

@@ -20,7 +20,7 @@ from sdopt.errors import UsageError
 
 if TYPE_CHECKING:
     from sdopt.bench.case.suite import Suite
-    from sdopt.perf.gates.bisect import Bisection
+    from sdopt.perf.gate.bisect import Bisection
     from sdopt.perf.history import History
     from sdopt.perf.record import RunRecord, SeriesKey
     from sdopt.perf.worktree import Tree
@@ -127,7 +127,7 @@ def bisect(span: str, series: str, suite: str, as_json: bool) -> None:
     Commits that cannot be built or measured are passed over and named.
     """
     from sdopt.bench.case.suites import load_suite
-    from sdopt.perf.gates.bisect import bisect as search
+    from sdopt.perf.gate.bisect import bisect as search
     from sdopt.perf.nightly import find_job
     from sdopt.perf.worktree import find_own_tree
 
@@ -153,7 +153,7 @@ def bisect(span: str, series: str, suite: str, as_json: bool) -> None:
 @_JSON
 def compare(before: str, after: str, history_file: Path, force: bool, as_json: bool) -> None:
     """Compare two bench reports, or two runs of the history by the start of their ids (or `last`)."""
-    from sdopt.perf.gates.compare_runs import compare_files, comparison_to_json, format_comparison
+    from sdopt.perf.gate.compare_runs import compare_files, comparison_to_json, format_comparison
     from sdopt.perf.history import History
 
     comparison = compare_files(before, after, History(history_file), force=force)

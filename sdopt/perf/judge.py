@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
-from sdopt.perf.gates.confirm import SameNight
-from sdopt.perf.gates.findings import GateReport
-from sdopt.perf.gates.gate import judge_night
+from sdopt.perf.gate.confirm import SameNight
+from sdopt.perf.gate.findings import GateReport
+from sdopt.perf.gate.gate import judge_night
 from sdopt.perf.history import History, find_run, new_run_id
 from sdopt.perf.nightly import RUN_NAME, read_night
 from sdopt.perf.nights import accept_run, find_last_good

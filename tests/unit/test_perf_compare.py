@@ -12,7 +12,7 @@ import pytest
 from sdopt.bench.case.report import BenchReport, write_report
 from sdopt.bench.case.stats import Speed
 from sdopt.errors import ArtifactError, UsageError
-from sdopt.perf.gates.compare_runs import (
+from sdopt.perf.gate.compare_runs import (
     OTHER_ENVIRONMENT,
     Comparison,
     compare_files,

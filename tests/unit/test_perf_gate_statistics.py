@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import false_discovery_control, mannwhitneyu, median_abs_deviation, rankdata
 
 from sdopt.errors import ArtifactError
-from sdopt.perf.gates.drift import _LEAST_SIDE, _rank, _score_splits, find_steps, is_first_of_week
-from sdopt.perf.gates.multiple import adjust_p_values
-from sdopt.perf.gates.screen import FEW_NIGHTS, MADS, screen_times
+from sdopt.perf.gate.drift import _LEAST_SIDE, _rank, _score_splits, find_steps, is_first_of_week
+from sdopt.perf.gate.multiple import adjust_p_values
+from sdopt.perf.gate.screen import FEW_NIGHTS, MADS, screen_times
 from tests.planted_runs import make_key, make_run
 
 
@@ -99,7 +99,7 @@ def test_a_step_is_found_where_it_is() -> None:
 
 def test_p_values_of_steady_series_are_uniform() -> None:
     """They may not be smaller than they should be: at most 5 % (here of 400, with 3 standard deviations) below 5 %."""
-    from sdopt.perf.gates.drift import _find_best
+    from sdopt.perf.gate.drift import _find_best
 
     rng = np.random.default_rng(7)
     p = np.array([_find_best(rng.normal(size=24).tolist()).p_value for _ in range(400)])

@@ -17,9 +17,9 @@ from sdopt.bench.case.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
 from sdopt.isolation import JsonTable
 from sdopt.perf import judge, nightly
-from sdopt.perf.gates import confirm
-from sdopt.perf.gates.confirm import Side, measure_pairs, share_time
-from sdopt.perf.gates.findings import Outcome, Rule
+from sdopt.perf.gate import confirm
+from sdopt.perf.gate.confirm import Side, measure_pairs, share_time
+from sdopt.perf.gate.findings import Outcome, Rule
 from sdopt.perf.history import History
 from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
 from sdopt.perf.nightly import Bundle, Night, find_job, measure_suite, read_night, write_night

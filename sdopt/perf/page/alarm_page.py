@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sdopt.perf.gates.findings import Finding, GateReport, Outcome, Rule
+from sdopt.perf.gate.findings import Finding, GateReport, Outcome, Rule
 from sdopt.perf.record import MetricKind, RunRecord, SeriesKey
 
 _MOST_ROWS = 25

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt.errors import ArtifactError
-from sdopt.perf.gates.multiple import adjust_p_values
+from sdopt.perf.gate.multiple import adjust_p_values
 from sdopt.perf.nights import relative_change
 from sdopt.perf.record import RunRecord, SeriesKey
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from sdopt.perf.gates.findings import Finding, Rule
+from sdopt.perf.gate.findings import Finding, Rule
 from sdopt.perf.nights import NightValues, collect, relative_change
 from sdopt.perf.record import MetricKind, RunRecord, SeriesKey
 

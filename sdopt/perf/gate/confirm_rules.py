@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdopt.bench.case.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, judge_pair
-from sdopt.perf.gates.findings import Outcome, SuspectRecord
-from sdopt.perf.gates.multiple import adjust_p_values
-from sdopt.perf.gates.screen import Suspect
+from sdopt.perf.gate.findings import Outcome, SuspectRecord
+from sdopt.perf.gate.multiple import adjust_p_values
+from sdopt.perf.gate.screen import Suspect
 from sdopt.perf.record import SeriesKey
 
 LEVEL = 0.02

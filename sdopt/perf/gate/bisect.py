@@ -16,7 +16,7 @@ from sdopt import progress
 from sdopt.bench.case.stats import Speed, judge_pair
 from sdopt.bench.case.suites import SuiteRun
 from sdopt.errors import SdoptError, UsageError
-from sdopt.perf.gates.confirm import MOST_PAIRS, measure_pairs, opened_side
+from sdopt.perf.gate.confirm import MOST_PAIRS, measure_pairs, opened_side
 from sdopt.perf.record import Metric
 from sdopt.perf.worktree import checked_out, list_commits
 

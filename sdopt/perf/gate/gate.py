@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sdopt.perf.gates.confirm_rules import Confirm, judge_suspects
-from sdopt.perf.gates.drift import WEEKS, find_steps, is_first_of_week
-from sdopt.perf.gates.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
-from sdopt.perf.gates.gate_limits import IMPROVED_CHANGE, check_limits, find_failures, find_missing
-from sdopt.perf.gates.screen import Suspect, screen_times
+from sdopt.perf.gate.confirm_rules import Confirm, judge_suspects
+from sdopt.perf.gate.drift import WEEKS, find_steps, is_first_of_week
+from sdopt.perf.gate.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
+from sdopt.perf.gate.gate_limits import IMPROVED_CHANGE, check_limits, find_failures, find_missing
+from sdopt.perf.gate.screen import Suspect, screen_times
 from sdopt.perf.nights import (
     NightValues,
     collect,

@@ -19,7 +19,7 @@ from sdopt.bench.case.suites import SuiteRun, expand
 from sdopt.bench.measure.conditions import list_condition_problems
 from sdopt.bench.measure.process_environment import measure_conditions, read_cpu_use
 from sdopt.errors import SdoptError
-from sdopt.perf.gates.confirm_rules import Confirmation
+from sdopt.perf.gate.confirm_rules import Confirmation
 from sdopt.perf.nightly import Bundle, build_bundle
 from sdopt.perf.once import PROTOCOL, dump_job
 from sdopt.perf.record import Metric, SeriesKey
