@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sdopt.bench.case.suite import Suite
     from sdopt.perf.gate.bisect import Bisection
     from sdopt.perf.history import History
+    from sdopt.perf.night.worktree import Tree
     from sdopt.perf.record import RunRecord, SeriesKey
-    from sdopt.perf.worktree import Tree
 
 _HISTORY = click.option(
     "--history", "history_file", type=click.Path(path_type=Path), envvar="SDOPT_HISTORY", show_envvar=True,
@@ -54,9 +54,9 @@ def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: 
     """
     from sdopt.bench.case.suites import load_suite
     from sdopt.perf.history import History
-    from sdopt.perf.nightly import measure_suite, write_night
+    from sdopt.perf.night.nightly import measure_suite, write_night
+    from sdopt.perf.night.worktree import find_own_tree
     from sdopt.perf.record import RunKind
-    from sdopt.perf.worktree import find_own_tree
 
     chosen, history, tree = load_suite(suite), History(history_file.absolute()), find_own_tree()
     kind = RunKind.MANUAL if manual else RunKind.NIGHTLY
@@ -128,8 +128,8 @@ def bisect(span: str, series: str, suite: str, as_json: bool) -> None:
     """
     from sdopt.bench.case.suites import load_suite
     from sdopt.perf.gate.bisect import bisect as search
-    from sdopt.perf.nightly import find_job
-    from sdopt.perf.worktree import find_own_tree
+    from sdopt.perf.night.nightly import find_job
+    from sdopt.perf.night.worktree import find_own_tree
 
     key = _parse_series(series)
     job = find_job(load_suite(suite), key.case)
@@ -196,7 +196,7 @@ def _runs(history_file: Path) -> Path:
 
 
 def _measure_bridge(suite: Suite, history: History, tree: Tree) -> None:
-    from sdopt.perf.nightly import measure_bridge
+    from sdopt.perf.night.nightly import measure_bridge
 
     record = measure_bridge(suite, history.read().records, tree)
     if record is None:
@@ -217,7 +217,7 @@ def _tell_run(record: RunRecord) -> None:
 
 
 def _tell_bisection(found: Bisection, tree: Tree) -> None:
-    from sdopt.perf.worktree import describe_commit
+    from sdopt.perf.night.worktree import describe_commit
 
     for tried in found.tried:
         change = "" if tried.change is None else f" ({tried.change:+.1%})"

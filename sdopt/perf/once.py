@@ -18,7 +18,7 @@ from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.isolation import JsonTable
-from sdopt.perf.worktree import require_tree
+from sdopt.perf.night.worktree import require_tree
 
 if TYPE_CHECKING:
     from sdopt.bench.run import BenchRequest

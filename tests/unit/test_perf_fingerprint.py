@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.manifest import GpuRecord
-from sdopt.perf.bridge import find_bridge_commit, last_good
 from sdopt.perf.fingerprint import describe_change, fingerprint_of
 from sdopt.perf.history import HistoryContents
+from sdopt.perf.night.bridge import find_bridge_commit, last_good
 from sdopt.perf.nights import find_last_good
 from sdopt.perf.record import Metric, RunKind
 from sdopt.perf.view import describe_breaks, series_of, view_history

@@ -11,8 +11,8 @@ import pytest
 import sdopt
 from sdopt.errors import SdoptError, UsageError
 from sdopt.perf.gate.bisect import Bisection, Judgement, Tried, search
+from sdopt.perf.night.worktree import Tree, checked_out, find_own_tree, list_commits, require_tree
 from sdopt.perf.once import PROTOCOL
-from sdopt.perf.worktree import Tree, checked_out, find_own_tree, list_commits, require_tree
 
 ANSWER = """
 from pathlib import Path

@@ -20,9 +20,9 @@ from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.errors import UsageError
 from sdopt.perf.fingerprint import describe_change
 from sdopt.perf.history import History, find_run
+from sdopt.perf.night.series import list_series
 from sdopt.perf.nights import relative_change, take_value
 from sdopt.perf.record import MetricKind, RunRecord, SeriesKey, SeriesRecord
-from sdopt.perf.series import list_series
 from sdopt.perf.view import format_value
 
 OTHER_ENVIRONMENT = "different environments"
