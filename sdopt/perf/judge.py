@@ -11,12 +11,12 @@ from sdopt.errors import UsageError
 from sdopt.perf.gate.confirm import SameNight
 from sdopt.perf.gate.findings import GateReport
 from sdopt.perf.gate.gate import judge_night
-from sdopt.perf.history import History, find_run, new_run_id
+from sdopt.perf.histories.history import History, find_run, new_run_id
+from sdopt.perf.histories.nights import accept_run, find_last_good
+from sdopt.perf.histories.record import RunRecord
 from sdopt.perf.night.nightly import RUN_NAME, read_night
 from sdopt.perf.night.worktree import find_own_tree
-from sdopt.perf.nights import accept_run, find_last_good
 from sdopt.perf.page.alarm_page import render_markdown, render_page
-from sdopt.perf.record import RunRecord
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdopt.perf.histories.record import Metric
 from sdopt.perf.page.benchmark_export import (
     BIGGER_NAME,
     PYTEST_NAME,
@@ -22,7 +23,6 @@ from sdopt.perf.page.benchmark_export import (
     summarize_seconds,
     write_exports,
 )
-from sdopt.perf.record import Metric
 from tests.planted_runs import make_key, make_run
 
 VALUES = {

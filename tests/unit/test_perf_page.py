@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.perf.history import DamagedLine, HistoryContents
+from sdopt.perf.histories.history import DamagedLine, HistoryContents
+from sdopt.perf.histories.record import FailureRecord, Metric, RunKind
+from sdopt.perf.histories.view import HistoryView, view_history
 from sdopt.perf.page.page import (
     COLUMNS,
     PAGE_NAME,
@@ -22,8 +24,6 @@ from sdopt.perf.page.page import (
     render_history,
     write_history_page,
 )
-from sdopt.perf.record import FailureRecord, Metric, RunKind
-from sdopt.perf.view import HistoryView, view_history
 from tests.planted_runs import NEWER_ENVIRONMENT, make_key, make_nights, make_run
 from tests.unit.test_report_html import Page
 

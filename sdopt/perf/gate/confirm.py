@@ -20,11 +20,11 @@ from sdopt.bench.measure.conditions import list_condition_problems
 from sdopt.bench.measure.process_environment import measure_conditions, read_cpu_use
 from sdopt.errors import SdoptError
 from sdopt.perf.gate.confirm_rules import Confirmation
+from sdopt.perf.histories.record import Metric, SeriesKey
 from sdopt.perf.night.nightly import Bundle, build_bundle
 from sdopt.perf.night.series import group_samples, merge_conditions
 from sdopt.perf.night.worktree import Tree, checked_out
 from sdopt.perf.once import PROTOCOL, dump_job
-from sdopt.perf.record import Metric, SeriesKey
 
 # Fewer pairs of processes say nothing: the rules want two groups a side.
 _LEAST_PAIRS = 2

@@ -28,14 +28,14 @@ from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.machine.environment import describe_machine
-from sdopt.perf.fingerprint import fingerprint_of
-from sdopt.perf.history import new_run_id
+from sdopt.perf.histories.fingerprint import fingerprint_of
+from sdopt.perf.histories.history import new_run_id
+from sdopt.perf.histories.record import FailureRecord, RunKind, RunRecord, SeriesRecord
 from sdopt.perf.night.bridge import find_bridge_commit
 from sdopt.perf.night.series import list_failures, list_series, merge_conditions
 from sdopt.perf.night.sources import find_source
 from sdopt.perf.night.worktree import Tree, checked_out
 from sdopt.perf.once import PROTOCOL, dump_job
-from sdopt.perf.record import FailureRecord, RunKind, RunRecord, SeriesRecord
 
 RUN_NAME = "run.json"
 SUITE_NAME = "suite.json"
