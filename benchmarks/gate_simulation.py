@@ -30,8 +30,8 @@ from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.perf.gate.confirm_rules import Confirm, Confirmation
 from sdopt.perf.gate.findings import GateReport, Rule
 from sdopt.perf.gate.gate import judge_night
-from sdopt.perf.histories.nights import find_last_good
-from sdopt.perf.histories.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.history.nights import find_last_good
+from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
 
 SERIES = 40
 HISTORY_NIGHTS = 14

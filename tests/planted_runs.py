@@ -9,8 +9,8 @@ from typing import Any
 
 from sdopt.bench.case.report import Conditions
 from sdopt.bundle.manifest import EnvironmentRecord
-from sdopt.perf.histories.fingerprint import fingerprint_of
-from sdopt.perf.histories.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.history.fingerprint import fingerprint_of
+from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
 
 FIRST_NIGHT = datetime(2026, 1, 1, 3, 0, tzinfo=UTC)
 ENVIRONMENT = EnvironmentRecord(

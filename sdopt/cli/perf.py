@@ -21,8 +21,8 @@ from sdopt.errors import UsageError
 if TYPE_CHECKING:
     from sdopt.bench.case.suite import Suite
     from sdopt.perf.gate.bisect import Bisection
-    from sdopt.perf.histories.history import History
-    from sdopt.perf.histories.record import RunRecord, SeriesKey
+    from sdopt.perf.history.history import History
+    from sdopt.perf.history.record import RunRecord, SeriesKey
     from sdopt.perf.night.worktree import Tree
 
 _HISTORY = click.option(
@@ -53,8 +53,8 @@ def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: 
     The run waits for `sdopt perf gate` in a folder beside the history. A case that fails is in it; the others go on.
     """
     from sdopt.bench.case.suites import load_suite
-    from sdopt.perf.histories.history import History
-    from sdopt.perf.histories.record import RunKind
+    from sdopt.perf.history.history import History
+    from sdopt.perf.history.record import RunKind
     from sdopt.perf.night.nightly import measure_suite, write_night
     from sdopt.perf.night.worktree import find_own_tree
 
@@ -88,7 +88,7 @@ def gate(folder: Path | None, history_file: Path, confirm_minutes: float, accept
     Suspects are measured again in the same night, in turns with the last good commit. Writes gate.md, gate.html and
     gate.json into FOLDER. Exit code 3: something became worse (or much better), or was not measured.
     """
-    from sdopt.perf.histories.history import History
+    from sdopt.perf.history.history import History
     from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
     from sdopt.perf.page.alarm_page import describe_gate
 
@@ -154,7 +154,7 @@ def bisect(span: str, series: str, suite: str, as_json: bool) -> None:
 def compare(before: str, after: str, history_file: Path, force: bool, as_json: bool) -> None:
     """Compare two bench reports, or two runs of the history by the start of their ids (or `last`)."""
     from sdopt.perf.gate.compare_runs import compare_files, comparison_to_json, format_comparison
-    from sdopt.perf.histories.history import History
+    from sdopt.perf.history.history import History
 
     comparison = compare_files(before, after, History(history_file), force=force)
     if as_json:
@@ -173,8 +173,8 @@ def compare(before: str, after: str, history_file: Path, force: bool, as_json: b
 @_JSON
 def history(history_file: Path, report: Path | None, export_folder: Path | None, wanted: str, as_json: bool) -> None:
     """Show the history: its runs and the last point of each series."""
-    from sdopt.perf.histories.history import History, find_run
-    from sdopt.perf.histories.index import view_indexed
+    from sdopt.perf.history.history import History, find_run
+    from sdopt.perf.history.index import view_indexed
     from sdopt.perf.page.benchmark_export import write_exports
     from sdopt.perf.page.page import format_history, write_history_page
 
@@ -233,7 +233,7 @@ def _tell_bisection(found: Bisection, tree: Tree) -> None:
 def _parse_series(text: str) -> SeriesKey:
     from pydantic import ValidationError
 
-    from sdopt.perf.histories.record import Metric, SeriesKey
+    from sdopt.perf.history.record import Metric, SeriesKey
 
     try:
         case, candidate, metric = text.split("/")

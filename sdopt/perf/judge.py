@@ -11,9 +11,9 @@ from sdopt.errors import UsageError
 from sdopt.perf.gate.confirm import SameNight
 from sdopt.perf.gate.findings import GateReport
 from sdopt.perf.gate.gate import judge_night
-from sdopt.perf.histories.history import History, find_run, new_run_id
-from sdopt.perf.histories.nights import accept_run, find_last_good
-from sdopt.perf.histories.record import RunRecord
+from sdopt.perf.history.history import History, find_run, new_run_id
+from sdopt.perf.history.nights import accept_run, find_last_good
+from sdopt.perf.history.record import RunRecord
 from sdopt.perf.night.nightly import RUN_NAME, read_night
 from sdopt.perf.night.worktree import find_own_tree
 from sdopt.perf.page.alarm_page import render_markdown, render_page

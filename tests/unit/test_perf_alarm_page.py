@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 from sdopt.perf.gate.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
-from sdopt.perf.histories.record import Metric, RunRecord
+from sdopt.perf.history.record import Metric, RunRecord
 from sdopt.perf.page.alarm_page import describe_gate, render_markdown, render_page
 from tests.planted_runs import make_key, make_run
 

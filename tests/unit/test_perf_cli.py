@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from sdopt.bench.case.suite import Suite, SuiteCase
 from sdopt.cli import perf as perf_cli
 from sdopt.errors import SdoptError, UsageError
-from sdopt.perf.histories.history import History
-from sdopt.perf.histories.record import Metric
+from sdopt.perf.history.history import History
+from sdopt.perf.history.record import Metric
 from sdopt.perf.night.nightly import Night, digest_suite, write_night
 from tests.conftest import REPOSITORY
 from tests.planted_runs import make_key, make_nights, make_run

@@ -21,8 +21,8 @@ from sdopt.perf.gate.compare_runs import (
     comparison_to_json,
     format_comparison,
 )
-from sdopt.perf.histories.history import History
-from sdopt.perf.histories.record import Metric
+from sdopt.perf.history.history import History
+from sdopt.perf.history.record import Metric
 from tests.planted_reports import make_candidate, make_report
 from tests.planted_runs import NEWER_ENVIRONMENT, make_key, make_run
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.perf.histories.record import Metric
+from sdopt.perf.history.record import Metric
 from sdopt.perf.page.benchmark_export import (
     BIGGER_NAME,
     PYTEST_NAME,

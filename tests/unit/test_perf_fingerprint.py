@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.manifest import GpuRecord
-from sdopt.perf.histories.fingerprint import describe_change, fingerprint_of
-from sdopt.perf.histories.history import HistoryContents
-from sdopt.perf.histories.nights import find_last_good
-from sdopt.perf.histories.record import Metric, RunKind
-from sdopt.perf.histories.view import describe_breaks, series_of, view_history
+from sdopt.perf.history.fingerprint import describe_change, fingerprint_of
+from sdopt.perf.history.history import HistoryContents
+from sdopt.perf.history.nights import find_last_good
+from sdopt.perf.history.record import Metric, RunKind
+from sdopt.perf.history.view import describe_breaks, series_of, view_history
 from sdopt.perf.night.bridge import find_bridge_commit, last_good
 from tests.planted_runs import ENVIRONMENT, NEWER_ENVIRONMENT, make_key, make_nights, make_run
 

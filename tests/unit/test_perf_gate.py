@@ -10,8 +10,8 @@ import pytest
 from sdopt.perf.gate.confirm_rules import Confirm, Confirmation
 from sdopt.perf.gate.findings import Evidence, GateReport, Outcome, Rule
 from sdopt.perf.gate.gate import BLIND_NIGHTS, judge_night
-from sdopt.perf.histories.nights import PROVEN_RUNS, accept_run, find_last_good, select_nights, take_value
-from sdopt.perf.histories.record import FailureRecord, Metric, RunKind, RunRecord, SeriesKey
+from sdopt.perf.history.nights import PROVEN_RUNS, accept_run, find_last_good, select_nights, take_value
+from sdopt.perf.history.record import FailureRecord, Metric, RunKind, RunRecord, SeriesKey
 from tests.planted_runs import NEWER_ENVIRONMENT, Value, make_groups, make_key, make_nights, make_run, make_series
 
 KEY = make_key()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gate_simulation import Machine, Noise, finds, list_keys, simulate_clean, simulate_planted
-from sdopt.perf.histories.nights import take_values
+from sdopt.perf.history.nights import take_values
 
 
 def test_clean_nights_wake_nobody() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdopt.errors import ArtifactError, MissingHardware, UsageError
-from sdopt.perf.histories.history import LINE_LIMIT_BYTES, History, find_run, new_run_id
-from sdopt.perf.histories.record import SCHEMA_VERSION, Metric, RunRecord
+from sdopt.perf.history.history import LINE_LIMIT_BYTES, History, find_run, new_run_id
+from sdopt.perf.history.record import SCHEMA_VERSION, Metric, RunRecord
 from tests.planted_runs import make_key, make_nights, make_run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "run.schema.json"

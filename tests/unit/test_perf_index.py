@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdopt.errors import ArtifactError
-from sdopt.perf.histories import index
-from sdopt.perf.histories.history import History
-from sdopt.perf.histories.index import index_path, view_indexed
-from sdopt.perf.histories.record import Metric
-from sdopt.perf.histories.view import HistoryView, view_history
+from sdopt.perf.history import index
+from sdopt.perf.history.history import History
+from sdopt.perf.history.index import index_path, view_indexed
+from sdopt.perf.history.record import Metric
+from sdopt.perf.history.view import HistoryView, view_history
 from tests.planted_runs import NEWER_ENVIRONMENT, make_key, make_nights, make_run
 
 VALUES = {make_key(): 1e8, make_key(Metric.PSNR): ((45.5, math.inf),), make_key(case="it's; DROP TABLE runs"): 2e9}

@@ -20,8 +20,8 @@ from sdopt.perf import judge
 from sdopt.perf.gate import confirm
 from sdopt.perf.gate.confirm import Side, measure_pairs, share_time
 from sdopt.perf.gate.findings import Outcome, Rule
-from sdopt.perf.histories.history import History
-from sdopt.perf.histories.record import Metric, RunKind, RunRecord, SeriesKey
+from sdopt.perf.history.history import History
+from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey
 from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
 from sdopt.perf.night import nightly
 from sdopt.perf.night.nightly import Bundle, Night, find_job, measure_suite, read_night, write_night

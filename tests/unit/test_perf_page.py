@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.perf.histories.history import DamagedLine, HistoryContents
-from sdopt.perf.histories.record import FailureRecord, Metric, RunKind
-from sdopt.perf.histories.view import HistoryView, view_history
+from sdopt.perf.history.history import DamagedLine, HistoryContents
+from sdopt.perf.history.record import FailureRecord, Metric, RunKind
+from sdopt.perf.history.view import HistoryView, view_history
 from sdopt.perf.page.page import (
     COLUMNS,
     PAGE_NAME,

@@ -17,7 +17,7 @@ from sdopt.bench.case.stats import Speed, judge_pair
 from sdopt.bench.case.suites import SuiteRun
 from sdopt.errors import SdoptError, UsageError
 from sdopt.perf.gate.confirm import MOST_PAIRS, measure_pairs, opened_side
-from sdopt.perf.histories.record import Metric
+from sdopt.perf.history.record import Metric
 from sdopt.perf.night.worktree import checked_out, list_commits
 
 # Of measuring one commit, without its build: slow networks get fewer pairs, not longer nights.

@@ -18,11 +18,11 @@ from sdopt.bench.case.stats import PairVerdict, judge_pair
 from sdopt.bench.measure.conditions import list_problems
 from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.errors import UsageError
-from sdopt.perf.histories.fingerprint import describe_change
-from sdopt.perf.histories.history import History, find_run
-from sdopt.perf.histories.nights import relative_change, take_value
-from sdopt.perf.histories.record import MetricKind, RunRecord, SeriesKey, SeriesRecord
-from sdopt.perf.histories.view import format_value
+from sdopt.perf.history.fingerprint import describe_change
+from sdopt.perf.history.history import History, find_run
+from sdopt.perf.history.nights import relative_change, take_value
+from sdopt.perf.history.record import MetricKind, RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.history.view import format_value
 from sdopt.perf.night.series import list_series
 
 OTHER_ENVIRONMENT = "different environments"

@@ -20,7 +20,7 @@ from sdopt.bench.measure.conditions import list_condition_problems
 from sdopt.bench.measure.process_environment import measure_conditions, read_cpu_use
 from sdopt.errors import SdoptError
 from sdopt.perf.gate.confirm_rules import Confirmation
-from sdopt.perf.histories.record import Metric, SeriesKey
+from sdopt.perf.history.record import Metric, SeriesKey
 from sdopt.perf.night.nightly import Bundle, build_bundle
 from sdopt.perf.night.series import group_samples, merge_conditions
 from sdopt.perf.night.worktree import Tree, checked_out

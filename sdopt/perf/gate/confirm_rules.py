@@ -9,7 +9,7 @@ from sdopt.bench.case.stats import LEAST_EFFECT, Groups, PairVerdict, Speed, jud
 from sdopt.perf.gate.findings import Outcome, SuspectRecord
 from sdopt.perf.gate.multiple import adjust_p_values
 from sdopt.perf.gate.screen import Suspect
-from sdopt.perf.histories.record import SeriesKey
+from sdopt.perf.history.record import SeriesKey
 
 LEVEL = 0.02
 """Of the q-values: what `judge_pair` finds at 5 % would wake somebody for nothing once a month on a noisy machine."""

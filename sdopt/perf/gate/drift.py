@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from sdopt.errors import ArtifactError
 from sdopt.perf.gate.multiple import adjust_p_values
-from sdopt.perf.histories.nights import relative_change
-from sdopt.perf.histories.record import RunRecord, SeriesKey
+from sdopt.perf.history.nights import relative_change
+from sdopt.perf.history.record import RunRecord, SeriesKey
 
 WEEKS = 8
 LEAST_STEP = 0.02

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdopt.perf.histories.record import SeriesKey
+from sdopt.perf.history.record import SeriesKey
 
 SCHEMA_VERSION = 1
 

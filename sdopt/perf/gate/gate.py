@@ -14,7 +14,7 @@ from sdopt.perf.gate.drift import WEEKS, find_steps, is_first_of_week
 from sdopt.perf.gate.findings import Evidence, Finding, GateReport, Outcome, Rule, SuspectRecord
 from sdopt.perf.gate.gate_limits import IMPROVED_CHANGE, check_limits, find_failures, find_missing
 from sdopt.perf.gate.screen import Suspect, screen_times
-from sdopt.perf.histories.nights import (
+from sdopt.perf.history.nights import (
     NightValues,
     collect,
     find_complete,
@@ -24,7 +24,7 @@ from sdopt.perf.histories.nights import (
     select_nights,
     take_values,
 )
-from sdopt.perf.histories.record import MetricKind, RunKind, RunRecord, SeriesKey
+from sdopt.perf.history.record import MetricKind, RunKind, RunRecord, SeriesKey
 
 BLIND_NIGHTS = 3
 """One dirty night is a neighbour, two are bad luck; after the third nobody has watched the times for half a week."""

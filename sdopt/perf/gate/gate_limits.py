@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from sdopt.perf.gate.findings import Finding, Rule
-from sdopt.perf.histories.nights import NightValues, collect, relative_change
-from sdopt.perf.histories.record import MetricKind, RunRecord, SeriesKey
+from sdopt.perf.history.nights import NightValues, collect, relative_change
+from sdopt.perf.history.record import MetricKind, RunRecord, SeriesKey
 
 IMPROVED_CHANGE = 0.05
 _SHOWN = 5

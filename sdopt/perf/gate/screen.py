@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from sdopt.perf.histories.nights import NightValues, collect, relative_change
-from sdopt.perf.histories.record import MetricKind, SeriesKey
+from sdopt.perf.history.nights import NightValues, collect, relative_change
+from sdopt.perf.history.record import MetricKind, SeriesKey
 
 LEAST_CHANGE = 0.02
 MADS = 4.0

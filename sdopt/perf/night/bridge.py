@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdopt.perf.histories.nights import find_last_good
-from sdopt.perf.histories.record import RunRecord
+from sdopt.perf.history.nights import find_last_good
+from sdopt.perf.history.record import RunRecord
 
 
 def find_bridge_commit(records: Sequence[RunRecord], fingerprint: str, suite_digest: str, commit: str) -> str:

@@ -28,9 +28,9 @@ from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.machine.environment import describe_machine
-from sdopt.perf.histories.fingerprint import fingerprint_of
-from sdopt.perf.histories.history import new_run_id
-from sdopt.perf.histories.record import FailureRecord, RunKind, RunRecord, SeriesRecord
+from sdopt.perf.history.fingerprint import fingerprint_of
+from sdopt.perf.history.history import new_run_id
+from sdopt.perf.history.record import FailureRecord, RunKind, RunRecord, SeriesRecord
 from sdopt.perf.night.bridge import find_bridge_commit
 from sdopt.perf.night.series import list_failures, list_series, merge_conditions
 from sdopt.perf.night.sources import find_source

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sdopt.bench.case.candidates import ENGINES
 from sdopt.bench.case.report import BenchReport, CandidateRecord, Conditions, ProcessRecord, Stage, Status
-from sdopt.perf.histories.record import FailureRecord, Metric, SeriesKey, SeriesRecord
+from sdopt.perf.history.record import FailureRecord, Metric, SeriesKey, SeriesRecord
 
 Groups = tuple[tuple[float, ...], ...]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from sdopt.perf.gate.findings import Finding, GateReport, Outcome, Rule
-from sdopt.perf.histories.record import MetricKind, RunRecord, SeriesKey
+from sdopt.perf.history.record import MetricKind, RunRecord, SeriesKey
 
 _MOST_ROWS = 25
 _SENTENCE_CHARS = 300

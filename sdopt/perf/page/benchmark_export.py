@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.disk.files import disk_errors, write_file
-from sdopt.perf.histories.record import MetricKind, RunRecord, SeriesKey
-from sdopt.perf.histories.view import Point, list_points
+from sdopt.perf.history.record import MetricKind, RunRecord, SeriesKey
+from sdopt.perf.history.view import Point, list_points
 
 SMALLER_NAME = "github-smaller-is-better.json"
 BIGGER_NAME = "github-bigger-is-better.json"

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sdopt.bench.page.plots import ENGINES_COLOUR, GAP, LINE, SERIES, TEXT, WIDTH_IN, Plot, style_axes, to_plot
-from sdopt.perf.histories.record import MetricKind, RunKind, RunRecord, SeriesKey
-from sdopt.perf.histories.view import HistoryView, Point, format_value
+from sdopt.perf.history.record import MetricKind, RunKind, RunRecord, SeriesKey
+from sdopt.perf.history.view import HistoryView, Point, format_value
 
 _HEIGHT_IN = 1.9
 _ALARM_COLOUR = SERIES[6]

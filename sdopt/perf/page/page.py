@@ -14,9 +14,9 @@ from statistics import median
 from sdopt.bench.page.csv_export import quote_formula
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import MissingDependency
-from sdopt.perf.histories.nights import NIGHTS, relative_change
-from sdopt.perf.histories.record import Metric, MetricKind, RunRecord, SeriesKey
-from sdopt.perf.histories.view import HistoryView, Point, describe_breaks, format_value
+from sdopt.perf.history.nights import NIGHTS, relative_change
+from sdopt.perf.history.record import Metric, MetricKind, RunRecord, SeriesKey
+from sdopt.perf.history.view import HistoryView, Point, describe_breaks, format_value
 
 PAGE_NAME, CSV_NAME = "index.html", "history.csv"
 COLUMNS = (

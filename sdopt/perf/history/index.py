@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdopt.errors import ArtifactError
-from sdopt.perf.histories.history import DamagedLine, History, gather_lines, parse_lines
-from sdopt.perf.histories.record import Metric, RunRecord, SeriesKey
-from sdopt.perf.histories.view import HistoryView, Point, list_points, without_samples
+from sdopt.perf.history.history import DamagedLine, History, gather_lines, parse_lines
+from sdopt.perf.history.record import Metric, RunRecord, SeriesKey
+from sdopt.perf.history.view import HistoryView, Point, list_points, without_samples
 
 # Of the tables below, and of what a point is.
 _VERSION = 1

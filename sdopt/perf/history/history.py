@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from sdopt.disk.files import disk_errors, fsync_folder
 from sdopt.errors import ArtifactError, UsageError
-from sdopt.perf.histories.record import SCHEMA_VERSION, RunRecord
+from sdopt.perf.history.record import SCHEMA_VERSION, RunRecord
 
 LINE_LIMIT_BYTES = 32 << 20
 """A night of a hundred series with a thousand samples each has a twentieth of it."""

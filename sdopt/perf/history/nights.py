@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
-from sdopt.perf.histories.record import MetricKind, RunKind, RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.history.record import MetricKind, RunKind, RunRecord, SeriesKey, SeriesRecord
 
 NIGHTS = 14
 PROVEN_RUNS = 7

@@ -105,7 +105,7 @@ class RunKind(StrEnum):
 
 
 class RunRecord(_Record):
-    """One line of the history. `fingerprint` is `sdopt.perf.histories.fingerprint`'s of the environment below."""
+    """One line of the history. `fingerprint` is `sdopt.perf.history.fingerprint`'s of the environment below."""
 
     schema_version: Literal[1] = 1
     id: str

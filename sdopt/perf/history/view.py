@@ -1,6 +1,6 @@
 """What is shown of a history: for each run its record without samples, for each series a point a run.
 
-`view_history` makes it from whole records, and `sdopt.perf.histories.index` keeps the same ready in a database.
+`view_history` makes it from whole records, and `sdopt.perf.history.index` keeps the same ready in a database.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from itertools import pairwise
 from statistics import median
 
 from sdopt.bench.page.summary import format_bytes, format_ns
-from sdopt.perf.histories.fingerprint import describe_change
-from sdopt.perf.histories.history import DamagedLine, HistoryContents
-from sdopt.perf.histories.nights import take_value
-from sdopt.perf.histories.record import Metric, MetricKind, RunRecord, SeriesKey, SeriesRecord
+from sdopt.perf.history.fingerprint import describe_change
+from sdopt.perf.history.history import DamagedLine, HistoryContents
+from sdopt.perf.history.nights import take_value
+from sdopt.perf.history.record import Metric, MetricKind, RunRecord, SeriesKey, SeriesRecord
 
 
 @dataclass(frozen=True)
