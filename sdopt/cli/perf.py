@@ -89,7 +89,7 @@ def gate(folder: Path | None, history_file: Path, confirm_minutes: float, accept
     gate.json into FOLDER. Exit code 3: something became worse (or much better), or was not measured.
     """
     from sdopt.perf.history.history import History
-    from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
+    from sdopt.perf.judge_run import accept_by_hand, find_pending, judge_run
     from sdopt.perf.page.alarm_page import describe_gate
 
     history = History(history_file.absolute())

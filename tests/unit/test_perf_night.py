@@ -16,13 +16,13 @@ from sdopt.bench.case.suite import Suite, SuiteCase, SuiteMethod
 from sdopt.bench.case.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
 from sdopt.isolation import JsonTable
-from sdopt.perf import judge
+from sdopt.perf import judge_run as judge
 from sdopt.perf.gate import confirm
 from sdopt.perf.gate.confirm import Side, measure_pairs, share_time
 from sdopt.perf.gate.findings import Outcome, Rule
 from sdopt.perf.history.history import History
 from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey
-from sdopt.perf.judge import accept_by_hand, find_pending, judge_run
+from sdopt.perf.judge_run import accept_by_hand, find_pending, judge_run
 from sdopt.perf.night import nightly
 from sdopt.perf.night.nightly import Bundle, Night, find_job, measure_suite, read_night, write_night
 from sdopt.perf.night.series import list_failures, list_series, merge_conditions
