@@ -31,7 +31,7 @@ from torch import nn
 
 from sdopt import progress
 from sdopt.bundle.manifest import read_manifest
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.quantize.calibrate import STAGE as SCALES_STAGE
 from sdopt.convert.quantize.calibrate import calibrate
 from sdopt.convert.quantize.trajectories import STAGE as TRAJECTORY_STAGE

@@ -31,7 +31,7 @@ import click
 from export_budget import Row, measure
 
 from sdopt.bundle.manifest import read_manifest
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans
 from sdopt.disk.store import Store

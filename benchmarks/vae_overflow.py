@@ -14,7 +14,7 @@ import time
 import click
 
 from sdopt.checkpoint.source import open_checkpoint
-from sdopt.convert.resolve import resolve_build
+from sdopt.convert.plan import resolve_build
 from sdopt.convert.vae_precision import LARGEST_FP16, SIDE_PX, describe_job, measure_halves
 from sdopt.model.recipe import BuildRecipe
 

@@ -62,7 +62,7 @@ def convert(
     """
     recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify)
     from sdopt.convert.convert import convert as build
-    from sdopt.convert.open import open_plan
+    from sdopt.convert.decide import open_plan
     from sdopt.convert.steps import list_steps
 
     output = output or Path("engines") / _default_name(recipe.source)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print all that is known as JSON on stdout.")
 def inspect(source: str, as_json: bool) -> None:
     """Say what SOURCE is: a bundle, an ONNX graph, a TensorRT plan or a checkpoint, and what is in it."""
-    from sdopt.convert.inspect import inspect_source
+    from sdopt.library.identify import inspect_source
 
     table = inspect_source(source)
     if as_json:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.bundle.manifest import GraphAudit
-from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.plan import BuildPlan
 from sdopt.disk.store import Store
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from sdopt.convert.convert import find_finished
 from sdopt.convert.graphs import find_graph
+from sdopt.convert.plan import BuildPlan, ComponentPlan
 from sdopt.convert.plans.wanted import generations, peak_bytes
-from sdopt.convert.resolve import BuildPlan, ComponentPlan
-from sdopt.convert.staging import Staging
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store, cache_root
 from sdopt.model.component import ComponentName
 

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.convert.resolve import BuildPlan, PrecisionChoice
+from sdopt.convert.plan import BuildPlan, PrecisionChoice
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store, cache_root
 from sdopt.fidelity.metrics import compute_psnr, to_picture

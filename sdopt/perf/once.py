@@ -40,7 +40,7 @@ def build(arguments: JsonTable) -> JsonTable:
     """
     _require_protocol(arguments)
     from sdopt.convert.convert import convert
-    from sdopt.convert.open import open_plan
+    from sdopt.convert.decide import open_plan
     from sdopt.model.recipe import parse_recipe
 
     recipe = parse_recipe({**arguments["recipe"], "source": arguments["source"]}, where="the suite")

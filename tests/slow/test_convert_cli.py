@@ -357,7 +357,7 @@ def test_a_build_that_is_stopped_at_every_stage_goes_on(
 _DIES_AT_RENAME = """
 import os, signal, sys
 from pathlib import Path
-import sdopt.convert.staging as staging
+import sdopt.disk.staging as staging
 real, left = Path.rename, int(sys.argv.pop(1))
 
 def rename(self, target):

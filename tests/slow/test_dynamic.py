@@ -11,7 +11,7 @@ from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.manifest import Verdict, read_config
 from sdopt.convert.convert import convert
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.errors import ShapeError
 from sdopt.graph.audit import check_graph_file
 from sdopt.model.family import Family

@@ -13,7 +13,7 @@ from PIL import Image
 import sdopt
 from sdopt.bundle.manifest import BundleManifest, Verdict
 from sdopt.convert.convert import convert
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision

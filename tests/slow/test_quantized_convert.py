@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sdopt.bundle.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
 from sdopt.convert.convert import convert
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.quantize import trials, variants
 from sdopt.errors import ArtifactError, FidelityError
 from sdopt.fidelity.candidate import open_candidate

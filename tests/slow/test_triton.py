@@ -29,7 +29,7 @@ from tritonclient.utils import InferenceServerException
 
 import sdopt
 from sdopt.convert.convert import convert
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.export.triton.repository import export_triton
 from sdopt.model.family import Family
 from sdopt.model.recipe import parse_recipe

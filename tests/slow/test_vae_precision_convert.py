@@ -9,7 +9,7 @@ import pytest
 
 from sdopt.bundle.manifest import Verdict
 from sdopt.convert.convert import convert
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.steps import list_steps
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -13,9 +13,9 @@ from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.manifest import ParityRecord
 from sdopt.convert import graphs
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import choose_runtime
-from sdopt.convert.resolve import BuildPlan, ComponentPlan
+from sdopt.convert.plan import BuildPlan, ComponentPlan
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings, OpenVINOSettings

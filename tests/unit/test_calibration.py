@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import sdopt.convert.quantize.calibrate as stage
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.convert.plan import BuildPlan, ComponentPlan, resolve_build
 from sdopt.convert.quantize.calibrate import calibrate, calibrate_in_child
 from sdopt.convert.quantize.trajectories import Trajectories
-from sdopt.convert.resolve import BuildPlan, ComponentPlan, resolve_build
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError
 from sdopt.isolation import JsonTable, Outcome

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import sdopt.convert.convert
-import sdopt.convert.open
+import sdopt.convert.decide
 from sdopt import errors
 from sdopt._version import __version__
 from sdopt.cli import main as main_module
@@ -182,12 +182,12 @@ def test_bad_requests_say_what_is_wrong_before_any_work(
 
 def test_a_recipe_that_cannot_be_saved_is_an_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plan:
-        recipe = sdopt.convert.open.BuildRecipe(source="x")
+        recipe = sdopt.convert.decide.BuildRecipe(source="x")
 
     def fail(*_: Any) -> NoReturn:
         pytest.fail("work was begun")
 
-    monkeypatch.setattr(sdopt.convert.open, "open_plan", lambda _: Plan())
+    monkeypatch.setattr(sdopt.convert.decide, "open_plan", lambda _: Plan())
     monkeypatch.setattr(sdopt.convert.convert, "convert", fail)
     code, _, err = run("convert", "x", "--save-recipe", str(tmp_path / "none" / "r.toml"))
     assert code == 1

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, GpuRecord, Verdict
-from sdopt.convert import judge as judge_module
-from sdopt.convert.judge import PictureJudge, judge
-from sdopt.convert.staging import Staging
+from sdopt.convert import fidelity as judge_module
+from sdopt.convert.fidelity import PictureJudge, judge
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.fidelity import verdict as verdict_module
 from tests.planted_plans import make_machine, make_plan, with_plans

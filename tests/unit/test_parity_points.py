@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.manifest import OutputParity, ParityRecord
-from sdopt.convert.open import open_plan
+from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import list_points, parity_key
-from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.plan import BuildPlan
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings
 from sdopt.model.target import Runtime, Target

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, ImageFidelity, Verdict
-from sdopt.convert.judge import PictureJudge
-from sdopt.convert.staging import Staging
+from sdopt.convert.fidelity import PictureJudge
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity import verdict as verdict_module

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.plan_header import RTX_GENERATIONS, PlanHeader, find_contradictions, read_plan_header
-from sdopt.convert.inspect import inspect_source
 from sdopt.errors import ArtifactError
+from sdopt.library.identify import inspect_source
 from sdopt.preflight.runnable import find_bad_plans
 from tests.planted_plans import make_header, make_plan, make_plan_file, write_plan_bundle
 

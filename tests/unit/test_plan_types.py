@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.convert.plans import wanted
 from sdopt.convert.plans.wanted import require_types, requires_fused
-from sdopt.convert.resolve import BuildPlan, resolve_build
 from sdopt.errors import MissingHardware, RecipeError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -20,7 +20,7 @@ from torch import nn
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.cli.convert import dump_recipe, merge_recipe
-from sdopt.convert.resolve import BuildPlan, resolve_build
+from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.disk.configs import find_config
 from sdopt.errors import RecipeError, UsageError
 from sdopt.model.component import ComponentName

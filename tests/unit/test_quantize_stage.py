@@ -24,8 +24,9 @@ import sdopt.convert.quantize.stage as stage
 import sdopt.convert.quantize.trials as trials_module
 from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
 from sdopt.checkpoint.source import open_checkpoint
-from sdopt.convert import judge as judge_module
-from sdopt.convert.judge import runnable_here
+from sdopt.convert import fidelity as judge_module
+from sdopt.convert.fidelity import runnable_here
+from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.convert.quantize.candidate import Candidate
 from sdopt.convert.quantize.choose import Measurement, harm_of
 from sdopt.convert.quantize.recording import Call
@@ -33,8 +34,7 @@ from sdopt.convert.quantize.stage import Shop, explain_none, quantize
 from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.convert.quantize.trials import Trial, TrialJob, TrialRecord, measure_error, run_trials
 from sdopt.convert.quantize.variants import Stock
-from sdopt.convert.resolve import BuildPlan, resolve_build
-from sdopt.convert.staging import Staging
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS

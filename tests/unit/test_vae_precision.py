@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import vae_precision
-from sdopt.convert.open import open_plan
-from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.decide import open_plan
+from sdopt.convert.plan import BuildPlan
 from sdopt.convert.vae_precision import HalfMeasurement
 from sdopt.fidelity.metrics import PictureFault, find_fault
 from sdopt.model.component import ComponentName

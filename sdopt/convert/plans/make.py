@@ -21,6 +21,7 @@ import psutil
 from sdopt.bundle.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
 from sdopt.bundle.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
+from sdopt.convert.plan import BuildPlan
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.wanted import (
     WantedPlan,
@@ -31,7 +32,6 @@ from sdopt.convert.plans.wanted import (
     pixels_per_latent,
     requires_fused,
 )
-from sdopt.convert.resolve import BuildPlan
 from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdopt.bundle.manifest import FileRecord, PlanFlavour
-from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.errors import MissingHardware, RecipeError, UsageError
 from sdopt.machine.environment import describe_system, find_version

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
+from sdopt.convert.plan import ComponentPlan
 from sdopt.convert.quantize.recording import read_calls
 from sdopt.convert.quantize.trajectories import Trajectories
-from sdopt.convert.resolve import ComponentPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, MissingDependency

@@ -14,18 +14,18 @@ from pathlib import Path
 from sdopt import progress
 from sdopt.bundle.damage import record_file
 from sdopt.bundle.manifest import BundleManifest, FileRecord, Verdict, read_config
+from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
 from sdopt.convert.graphs import GRAPH_NAME
-from sdopt.convert.judge import PictureJudge, runnable_here, stand_in
+from sdopt.convert.plan import BuildPlan
 from sdopt.convert.quantize.calibrate import calibrate
 from sdopt.convert.quantize.candidate import Candidate
 from sdopt.convert.quantize.choose import harm_of
 from sdopt.convert.quantize.trajectories import Trajectories, record_trajectories
 from sdopt.convert.quantize.trials import FORMAT, TrialJob
 from sdopt.convert.quantize.variants import find_layers, stock_layers
-from sdopt.convert.resolve import BuildPlan
-from sdopt.convert.staging import Staging
 from sdopt.disk.configs import find_prompts
 from sdopt.disk.digest import digest_of
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt.bundle.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
-from sdopt.convert.staging import Staging
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file
+from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device

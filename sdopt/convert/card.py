@@ -13,7 +13,7 @@ from sdopt._version import __version__
 from sdopt.bundle.manifest import BundleManifest, Verdict
 from sdopt.checkpoint.model import Checkpoint
 from sdopt.convert.graphs import GRAPH_NAME
-from sdopt.convert.resolve import BuildPlan
+from sdopt.convert.plan import BuildPlan
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, has_projection
