@@ -31,11 +31,11 @@ from torch import nn
 
 from sdopt import progress
 from sdopt.bundle.manifest import read_manifest
+from sdopt.convert.blocks.calibrate import STAGE as SCALES_STAGE
+from sdopt.convert.blocks.calibrate import calibrate
+from sdopt.convert.blocks.trajectories import STAGE as TRAJECTORY_STAGE
+from sdopt.convert.blocks.trajectories import Trajectories, record_trajectories
 from sdopt.convert.decide import open_plan
-from sdopt.convert.quantize.calibrate import STAGE as SCALES_STAGE
-from sdopt.convert.quantize.calibrate import calibrate
-from sdopt.convert.quantize.trajectories import STAGE as TRAJECTORY_STAGE
-from sdopt.convert.quantize.trajectories import Trajectories, record_trajectories
 from sdopt.disk.configs import find_config, find_prompts
 from sdopt.disk.store import Store, cache_root
 from sdopt.machine.environment import describe_machine

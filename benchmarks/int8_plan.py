@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from sdopt.bundle.manifest import read_manifest
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.convert.blocks.variants import find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.child import JOB, PlanJob, Rung
 from sdopt.convert.plans.make import MALLOC_ENVIRONMENT
-from sdopt.convert.quantize.variants import find_layers, publish_choice, stock_layers
 from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import run_isolated

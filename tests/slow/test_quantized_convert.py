@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdopt.bundle.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
+from sdopt.convert.blocks import trials, variants
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
-from sdopt.convert.quantize import trials, variants
 from sdopt.errors import ArtifactError, FidelityError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.graph.qdq import LayerChoice

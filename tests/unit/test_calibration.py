@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import sdopt.convert.quantize.calibrate as stage
+import sdopt.convert.blocks.calibrate as stage
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.convert.blocks.calibrate import calibrate, calibrate_in_child
+from sdopt.convert.blocks.trajectories import Trajectories
 from sdopt.convert.plan import BuildPlan, ComponentPlan, resolve_build
-from sdopt.convert.quantize.calibrate import calibrate, calibrate_in_child
-from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError
 from sdopt.isolation import JsonTable, Outcome
@@ -285,7 +285,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     started: list[JsonTable] = []
 
     def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.convert.quantize.calibrate:calibrate_in_child"
+        assert target == "sdopt.convert.blocks.calibrate:calibrate_in_child"
         started.append(arguments)
         return Outcome(calibrate_in_child(arguments), 0, 0)
 

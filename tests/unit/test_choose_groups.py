@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.bundle.manifest import SpeedupRecord
-from sdopt.convert.quantize.choose import LEAST_GAIN, Measurement, Outcome, choose_groups, find_loss, harm_of
+from sdopt.convert.blocks.choose import LEAST_GAIN, Measurement, Outcome, choose_groups, find_loss, harm_of
 from sdopt.model.quantization import Scheme
 
 INT8, FP8, W8, W4 = Scheme.INT8, Scheme.FP8, Scheme.INT8_WEIGHTS, Scheme.INT4_WEIGHTS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sdopt.convert.quantize.trajectories as stage
-from sdopt.convert.quantize.recording import read_calls
-from sdopt.convert.quantize.trajectories import (
+import sdopt.convert.blocks.trajectories as stage
+from sdopt.convert.blocks.recording import read_calls
+from sdopt.convert.blocks.trajectories import (
     Trajectories,
     choose_trajectories,
     record_in_child,
@@ -50,7 +50,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     started: list[JsonTable] = []
 
     def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.convert.quantize.trajectories:record_in_child"
+        assert target == "sdopt.convert.blocks.trajectories:record_in_child"
         started.append(arguments)
         return Outcome(record_in_child(arguments), 0, 0)
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sdopt import progress
 from sdopt.bundle.manifest import SpeedupRecord
-from sdopt.convert.quantize.recording import Call, read_calls
-from sdopt.convert.quantize.speed import compare_pairs, take_turns
-from sdopt.convert.quantize.variants import Stock, write_trial
+from sdopt.convert.blocks.recording import Call, read_calls
+from sdopt.convert.blocks.speed import compare_pairs, take_turns
+from sdopt.convert.blocks.variants import Stock, write_trial
 from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import JsonTable, run_isolated
@@ -103,7 +103,7 @@ def run_trials(job: TrialJob) -> dict[str, TrialRecord]:
     missing = [trial for trial in job.trials if store.find(STAGE, trial.key) is None]
     if missing:
         arguments = _JOB.dump_python(dataclasses.replace(job, trials=missing), mode="json")
-        run_isolated("sdopt.convert.quantize.trials:measure_in_child", arguments)
+        run_isolated("sdopt.convert.blocks.trials:measure_in_child", arguments)
     return {trial.key: _read(store, trial.key) for trial in job.trials}
 
 

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.convert.quantize.recording import Recorder
+from sdopt.convert.blocks.recording import Recorder
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file
 from sdopt.disk.store import Store
@@ -106,7 +106,7 @@ def record_trajectories(
     missing = {key: each for each, key in keys.items() if store.find(STAGE, key) is None}
     if missing:
         job = _JOB.dump_python(Job(folder, draft, cache, missing), mode="json")
-        run_isolated("sdopt.convert.quantize.trajectories:record_in_child", job)
+        run_isolated("sdopt.convert.blocks.trajectories:record_in_child", job)
     return Trajectories(
         tuple(_require(store, keys[each]) for each in calibration),
         tuple(_require(store, keys[each]) for each in held_out),

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
+from sdopt.convert.blocks.recording import read_calls
+from sdopt.convert.blocks.trajectories import Trajectories
 from sdopt.convert.plan import ComponentPlan
-from sdopt.convert.quantize.recording import read_calls
-from sdopt.convert.quantize.trajectories import Trajectories
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, MissingDependency
@@ -70,7 +70,7 @@ def calibrate(
             key, cache, part.spec.name, dict(part.config), dict(part.tensors),
             tuple(tensor.name for tensor in part.spec.inputs), tuple(layers), trajectories.calibration, settings,
         )  # fmt: skip
-        run_isolated("sdopt.convert.quantize.calibrate:calibrate_in_child", _JOB.dump_python(job, mode="json"))
+        run_isolated("sdopt.convert.blocks.calibrate:calibrate_in_child", _JOB.dump_python(job, mode="json"))
     entry = store.find(STAGE, key)
     if entry is None:
         raise ArtifactError("the scales vanished from the store while they were used", hint="run the command again")
