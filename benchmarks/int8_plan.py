@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from sdopt.bundle.manifest import read_manifest
 from sdopt.checkpoint.source import open_checkpoint
-from sdopt.convert.blocks.variants import find_layers, publish_choice, stock_layers
-from sdopt.convert.plans.child import JOB, PlanJob, Rung
-from sdopt.convert.plans.make import MALLOC_ENVIRONMENT
+from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers
+from sdopt.convert.plans.build import JOB, PlanJob, Rung
+from sdopt.convert.plans.ladder import MALLOC_ENVIRONMENT
 from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import run_isolated
@@ -76,7 +76,7 @@ def main(bundle: Path, source: str, generation: str, json_path: Path | None) -> 
         )  # fmt: skip
         started = time.monotonic()
         outcome = run_isolated(
-            "sdopt.convert.plans.child:build_in_child",
+            "sdopt.convert.plans.build:build_in_child",
             JOB.dump_python(job, mode="json"),
             environment=MALLOC_ENVIRONMENT,
         )

@@ -32,8 +32,8 @@ from export_budget import Row, measure
 
 from sdopt.bundle.manifest import read_manifest
 from sdopt.convert.decide import open_plan
-from sdopt.convert.plans.child import JOB, PlanJob, Rung
-from sdopt.convert.plans.make import MALLOC_ENVIRONMENT, STAGE, make_plans
+from sdopt.convert.plans.build import JOB, PlanJob, Rung
+from sdopt.convert.plans.ladder import MALLOC_ENVIRONMENT, STAGE, make_plans
 from sdopt.disk.store import Store
 from sdopt.isolation import run_isolated
 from sdopt.machine.environment import describe_machine
@@ -146,7 +146,7 @@ def build_unet_of(bundle: Path) -> None:
     )  # fmt: skip
     started = time.monotonic()
     run_isolated(
-        "sdopt.convert.plans.child:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
+        "sdopt.convert.plans.build:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
     )
     note_stage(time.monotonic() - started)
     output.unlink()

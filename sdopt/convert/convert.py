@@ -26,13 +26,13 @@ from sdopt.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
-from sdopt.convert.blocks.stage import Shop, quantize
+from sdopt.convert.blocks.select import Shop, quantize
 from sdopt.convert.card import make_card, write_small_files
 from sdopt.convert.fidelity import PictureJudge, judge
 from sdopt.convert.graphs import find_graph, trace_missing
 from sdopt.convert.parity import prove_parity, require_runtimes
 from sdopt.convert.plan import BuildPlan, require_backends
-from sdopt.convert.plans.make import MadePlan, make_plans, place_plan
+from sdopt.convert.plans.ladder import MadePlan, make_plans, place_plan
 from sdopt.convert.plans.wanted import generations, library_version, require_builder
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import require_free_disk, write_file

@@ -20,7 +20,7 @@ import onnx
 import pytest
 
 from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
-from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdopt.bundle.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
-from sdopt.convert.blocks import trials, variants
+from sdopt.convert.blocks import trials
+from sdopt.convert.blocks import write as variants
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.errors import ArtifactError, FidelityError

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from sdopt.backends.tensorrt import network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
 from sdopt.bundle.manifest import PlanAudit, read_manifest
-from sdopt.convert.blocks.variants import find_layers, publish_choice, stock_layers
-from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers
+from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
 from sdopt.graph.qdq import LayerChoice
 from sdopt.model.component import ComponentName

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sdopt.backends.tensorrt.audit import NetworkAudit, audit_network, judge_plan
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
 from sdopt.bundle.manifest import PlanAudit
-from sdopt.convert.plans.child import JOB, PlanJob, Rung
+from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.errors import AuditError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from sdopt.cli.inspect import inspect
-from sdopt.convert.plans import child
-from sdopt.convert.plans.child import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.plans import build as child
+from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.machine.device_memory import DeviceMemoryPeak
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -19,19 +19,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sdopt.convert.blocks.candidate as candidate_module
-import sdopt.convert.blocks.stage as stage
+import sdopt.convert.blocks.quantized_component as candidate_module
+import sdopt.convert.blocks.select as stage
 import sdopt.convert.blocks.trials as trials_module
 from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import fidelity as judge_module
-from sdopt.convert.blocks.candidate import Candidate
 from sdopt.convert.blocks.choose import Measurement, harm_of
+from sdopt.convert.blocks.quantized_component import Candidate
 from sdopt.convert.blocks.recording import Call
-from sdopt.convert.blocks.stage import Shop, explain_none, quantize
+from sdopt.convert.blocks.select import Shop, explain_none, quantize
 from sdopt.convert.blocks.trajectories import Trajectories
 from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, measure_error, run_trials
-from sdopt.convert.blocks.variants import Stock
+from sdopt.convert.blocks.write import Stock
 from sdopt.convert.fidelity import runnable_here
 from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.disk.staging import Staging

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import Generator
 
-import sdopt.convert.blocks.speed as speed
-from sdopt.convert.blocks.speed import compare_pairs, take_turns
+import sdopt.convert.blocks.turns as speed
+from sdopt.convert.blocks.turns import compare_pairs, take_turns
 
 Noise = Callable[[Generator, int], np.ndarray]
 # Of one run's time. A pause of the machine is rare and long; a second mode is a clock that changes.

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from sdopt import progress
 from sdopt.bundle.manifest import SpeedupRecord
 from sdopt.convert.blocks.recording import Call, read_calls
-from sdopt.convert.blocks.speed import compare_pairs, take_turns
-from sdopt.convert.blocks.variants import Stock, write_trial
+from sdopt.convert.blocks.turns import compare_pairs, take_turns
+from sdopt.convert.blocks.write import Stock, write_trial
 from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import JsonTable, run_isolated

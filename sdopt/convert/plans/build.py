@@ -1,4 +1,4 @@
-"""One TensorRT plan, built and audited in this process: the entry of a child of `sdopt.convert.plans.make`."""
+"""One TensorRT plan, built and audited in this process: the entry of a child of `sdopt.convert.plans.ladder`."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from sdopt import progress
 from sdopt.bundle.damage import record_file
 from sdopt.bundle.manifest import BundleManifest, FileRecord, Verdict, read_config
 from sdopt.convert.blocks.calibrate import calibrate
-from sdopt.convert.blocks.candidate import Candidate
 from sdopt.convert.blocks.choose import harm_of
+from sdopt.convert.blocks.quantized_component import Candidate
 from sdopt.convert.blocks.trajectories import Trajectories, record_trajectories
 from sdopt.convert.blocks.trials import FORMAT, TrialJob
-from sdopt.convert.blocks.variants import find_layers, stock_layers
+from sdopt.convert.blocks.write import find_layers, stock_layers
 from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 from sdopt.bundle.manifest import BlockRecord, FileRecord, QuantizationRecord
 from sdopt.convert.blocks.choose import GroupVerdict, Measurement, Outcome, choose_groups, find_loss
 from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, run_trials
-from sdopt.convert.blocks.variants import publish_choice
+from sdopt.convert.blocks.write import publish_choice
 from sdopt.disk.digest import digest_of
 from sdopt.graph.qdq import LayerChoice
 from sdopt.model.component import ComponentName

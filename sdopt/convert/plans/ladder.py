@@ -22,7 +22,7 @@ from sdopt.bundle.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
 from sdopt.bundle.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
-from sdopt.convert.plans.child import JOB, PlanJob, Rung
+from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.convert.plans.wanted import (
     WantedPlan,
     input_shapes,
@@ -174,7 +174,7 @@ def _fill(shop: _Workshop, wanted: WantedPlan, rung: Rung, folder: Path) -> dict
     job = _describe_job(shop, wanted, rung, folder / _PLAN_NAME)
     try:
         outcome = run_isolated(
-            "sdopt.convert.plans.child:build_in_child",
+            "sdopt.convert.plans.build:build_in_child",
             JOB.dump_python(job, mode="json"),
             environment=MALLOC_ENVIRONMENT,
         )
