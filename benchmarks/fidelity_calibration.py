@@ -20,7 +20,7 @@ import torch
 from sdopt.backends.open import probe_backend
 from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import open_candidate
-from sdopt.fidelity.draw import draw_scene
+from sdopt.fidelity.drawings import draw_scene
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.model.precision import Precision

@@ -38,7 +38,7 @@ from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings
-from sdopt.fidelity.draw import draw_isolated, read_drawing
+from sdopt.fidelity.drawings import draw_isolated, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.isolation import run_isolated
@@ -311,7 +311,7 @@ def main(minutes: float, names: tuple[str, ...], chosen: tuple[str, ...], work: 
     if dry:
         run_all([DRY_CASE], DRY_CANDIDATES, work, deadline, None)
         return
-    from sdopt.backends.gpu import describe_missing_gpu, find_gpu
+    from sdopt.backends.cuda import describe_missing_gpu, find_gpu
 
     gpu = find_gpu()
     if gpu is None:

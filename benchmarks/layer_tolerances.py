@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from sdopt.bundle.manifest import read_manifest
-from sdopt.fidelity.layers import compare_layers
+from sdopt.fidelity.layer_errors import compare_layers
 
 
 @click.command()

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SESSION = "sdopt/backends/session.py"
+_SESSION = "sdopt/backends/engine_session.py"
 _CALL = "        return self._compute(inputs)\n"
 _SLEEPY = """\
         import time

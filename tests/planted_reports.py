@@ -27,7 +27,7 @@ from sdopt.bench.case.report import (
 )
 from sdopt.bench.run import BenchResult
 from sdopt.bundle.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
-from sdopt.fidelity.draw import Drawing
+from sdopt.fidelity.drawings import Drawing
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdopt.backends.gpu import Arena
+from sdopt.backends.cuda import Arena
 from sdopt.model.component import ComponentSpec, TensorSpec
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
@@ -29,7 +29,7 @@ HEADER_BYTES = 64
 
 
 class HostGpu:
-    """`sdopt.backends.gpu.Gpu` in host memory: what is queued runs at once. `log` is what happened, in order."""
+    """`sdopt.backends.cuda.Gpu` in host memory: what is queued runs at once. `log` is what happened, in order."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdopt.backends.gpu import Gpu, describe_missing_gpu, find_gpu, shared_gpu
+from sdopt.backends.cuda import Gpu, describe_missing_gpu, find_gpu, shared_gpu
+from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, Probe, axis_sizes
-from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.component import TensorSpec, vae_factor
 from sdopt.model.precision import DType, Precision

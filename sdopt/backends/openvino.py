@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, Probe
-from sdopt.backends.session import EngineSession
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import OpenVINOSettings

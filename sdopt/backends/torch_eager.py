@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from accelerate import init_empty_weights
 
-from sdopt.backends.gpu import describe_missing_gpu, find_gpu
+from sdopt.backends.cuda import describe_missing_gpu, find_gpu
+from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
-from sdopt.backends.session import EngineSession
 from sdopt.backends.torch_attention import prefer_kernel, use_package
 from sdopt.errors import MissingHardware
 from sdopt.model.precision import Precision

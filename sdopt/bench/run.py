@@ -37,9 +37,9 @@ from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
-from sdopt.fidelity.draw import Drawing, draw_isolated, read_drawing
+from sdopt.fidelity.drawings import Drawing, draw_isolated, read_drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault
-from sdopt.fidelity.perceptual.weights import PerceptualWeights
+from sdopt.fidelity.perceptual.local_weights import PerceptualWeights
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
 from sdopt.isolation import JsonTable, Outcome, run_isolated

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.bundle.manifest import MANIFEST_NAME, SourceRecord
+from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
 from sdopt.checkpoint.match import match_component
-from sdopt.checkpoint.model import Checkpoint, ComponentSource
-from sdopt.checkpoint.weights import INDEX_NAME, open_component_weights, read_json
+from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, read_json
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction

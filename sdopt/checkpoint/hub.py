@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.checkpoint.weights import INDEX_NAME
+from sdopt.checkpoint.weight_files import INDEX_NAME
 from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from sdopt.checkpoint.model import ComponentSource
+from sdopt.checkpoint.checkpoint import ComponentSource
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.weights.safetensors_header import TensorRef

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.bundle.manifest import SourceRecord
+from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
+from sdopt.checkpoint.detect import advise, name_kind
 from sdopt.checkpoint.folder import is_inpainting, open_vae_folder, split_vae
-from sdopt.checkpoint.identify import advise, name_kind
 from sdopt.checkpoint.infer import infer_family, infer_text_encoder, infer_unet, infer_vae, sample_size
 from sdopt.checkpoint.ldm import map_unet, map_vae
 from sdopt.checkpoint.match import match_component
-from sdopt.checkpoint.model import Checkpoint, ComponentSource
 from sdopt.checkpoint.openclip import map_openclip
-from sdopt.checkpoint.scheduler import find_prediction, make_scheduler
+from sdopt.checkpoint.scheduler_config import find_prediction, make_scheduler
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, VOCABULARY, write_clip_tokenizer
-from sdopt.checkpoint.weights import open_tensors_file
+from sdopt.checkpoint.weight_files import open_tensors_file
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction

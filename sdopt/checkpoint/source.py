@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from sdopt.bundle.manifest import SourceRecord
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.checkpoint.folder import is_inpainting, open_folder
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id
-from sdopt.checkpoint.model import Checkpoint
-from sdopt.checkpoint.scheduler import with_prediction
+from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.single_file import open_single_file, open_vae
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName

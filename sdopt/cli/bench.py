@@ -87,7 +87,7 @@ def bench(
     from sdopt.bench.case.baselines import parse_against
     from sdopt.bench.case.suites import expand, load_suite
     from sdopt.bench.run import BenchRequest, apply_run
-    from sdopt.fidelity.perceptual.weights import parse_weights
+    from sdopt.fidelity.perceptual.local_weights import parse_weights
 
     given: dict[str, Any] = {
         "against": None if against is None else parse_against(against), "steps": steps, "prompts": prompts or None,

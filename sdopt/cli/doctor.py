@@ -62,7 +62,7 @@ def doctor(as_json: bool) -> None:
 
 def _list_buildable() -> dict[str, list[str]]:
     """GPU generations that each installed TensorRT builds plans for here; general TensorRT only for the GPU it sees."""
-    from sdopt.backends.tensorrt.library import buildable_generations
+    from sdopt.backends.tensorrt.loading import buildable_generations
     from sdopt.errors import MissingDependency
     from sdopt.machine.environment import find_machine
     from sdopt.model.target import PORTABLE

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdopt._version import __version__
 from sdopt.bundle.manifest import BundleManifest, Verdict
-from sdopt.checkpoint.model import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.files import disk_errors, write_file

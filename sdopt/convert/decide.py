@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from sdopt import progress
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.checkpoint.infer import sample_size
-from sdopt.checkpoint.model import Checkpoint
-from sdopt.checkpoint.scheduler import with_prediction
+from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.convert.vae_precision import choose_vae_precisions

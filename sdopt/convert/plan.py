@@ -10,7 +10,7 @@ from importlib.metadata import version
 from types import MappingProxyType
 
 from sdopt.backends.open import fastest_cpu_settings, probe_backend
-from sdopt.checkpoint.model import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.disk.configs import find_config
 from sdopt.disk.digest import digest_of
 from sdopt.errors import MissingDependency, MissingHardware, RecipeError

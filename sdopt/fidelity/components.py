@@ -80,7 +80,7 @@ def run_torch(arguments: JsonTable) -> JsonTable:
 
     from sdopt.fidelity.origin import find_origin
     from sdopt.pipeline.load import component_files
-    from sdopt.trace.parity import load_reference, make_inputs, run_reference
+    from sdopt.trace.reference import load_reference, make_inputs, run_reference
     from sdopt.weights.safetensors_header import read_header
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])
@@ -126,7 +126,7 @@ def _compare(files: ComponentFiles, settings: BackendSettings, outputs: Path) ->
     from safetensors.torch import load_file
 
     from sdopt.backends.open import open_session
-    from sdopt.trace.parity import compare_outputs
+    from sdopt.trace.reference import compare_outputs
     from sdopt.weights.to_torch import TORCH_DTYPES
 
     if not (outputs / f"{files.name}.safetensors").is_file():

@@ -40,7 +40,7 @@ from sdopt import progress
 from sdopt.bundle.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity.candidate import find_reference_device
-from sdopt.fidelity.draw import Drawing, draw_isolated
+from sdopt.fidelity.drawings import Drawing, draw_isolated
 from sdopt.fidelity.metrics import (
     FloatArray,
     PictureFault,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdopt.backends.gpu import GpuIdentity, find_gpu
+from sdopt.backends.cuda import GpuIdentity, find_gpu
 
 
 @pytest.fixture(scope="session")

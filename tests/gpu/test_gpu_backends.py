@@ -11,7 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.contract.test_backends")
 
-from sdopt.backends.gpu import GpuIdentity  # noqa: E402
+from sdopt.backends.cuda import GpuIdentity  # noqa: E402
 from sdopt.backends.open import probe_backend  # noqa: E402
 from sdopt.model.precision import Precision  # noqa: E402
 from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sdopt
-from sdopt.backends.gpu import GpuIdentity
+from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.open import probe_backend
 from sdopt.fidelity.metrics import compute_psnr
 from sdopt.machine.device_memory import sample_device_memory

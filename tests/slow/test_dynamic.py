@@ -26,7 +26,7 @@ from sdopt.model.recipe import (
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.target import Runtime, Target
 from sdopt.preflight.check import check_bundle
-from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 

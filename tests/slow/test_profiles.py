@@ -14,7 +14,7 @@ import torch
 
 from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
 from sdopt.fidelity.candidate import open_candidate
-from sdopt.fidelity.draw import Drawing, draw_scene
+from sdopt.fidelity.drawings import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import judge_drawings
 from sdopt.model.component import ComponentName

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdopt.backends.tensorrt import network
+from sdopt.backends.tensorrt import parsed_network as network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
 from sdopt.bundle.manifest import PlanAudit, read_manifest
 from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers

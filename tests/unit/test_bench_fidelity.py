@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdopt.bench.compare.picture_errors import CLIP_SCORE, FID, LPIPS, compare_candidates
-from sdopt.fidelity.draw import Drawing
-from sdopt.fidelity.perceptual.weights import NOT_MEASURED, PerceptualWeights
+from sdopt.fidelity.drawings import Drawing
+from sdopt.fidelity.perceptual.local_weights import NOT_MEASURED, PerceptualWeights
 from sdopt.fidelity.scene import Scene, paint_image
 from tests.planted_weights import write_clip, write_lpips
 

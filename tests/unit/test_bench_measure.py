@@ -15,7 +15,7 @@ from sdopt.bench.case.report import DeviceMemoryRecord, ProcessRecord, Stage
 from sdopt.bench.measure.measure import measure, read_device_memory
 from sdopt.bench.measure.unet import measure_unet, require_finite, write_inputs
 from sdopt.errors import SdoptError
-from sdopt.fidelity.draw import draw, read_drawing
+from sdopt.fidelity.drawings import draw, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family

@@ -181,7 +181,7 @@ def test_what_the_program_draws_and_times(
 
     import numpy as np
 
-    from sdopt.fidelity.draw import read_drawing
+    from sdopt.fidelity.drawings import read_drawing
 
     folder, manifest = bundle
     scene = Scene(prompts=("a", "b", "c"), seed=3, steps=4, guidance_scale=5.0, inputs=tmp_path / "inputs")

@@ -23,7 +23,7 @@ from sdopt.bench.measure.process_environment import CpuUse, measure_machine, rea
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
 from sdopt.bundle.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.errors import MissingDependency, SdoptError
-from sdopt.fidelity.draw import write_drawing
+from sdopt.fidelity.drawings import write_drawing
 from sdopt.isolation import Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -20,7 +20,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.target import parse_target
-from sdopt.trace.parity import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.stream import write_weights
 from tests.conftest import TINY_SHAPES

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdopt.checkpoint import hub
-from sdopt.checkpoint.model import ComponentSource
+from sdopt.checkpoint.checkpoint import ComponentSource
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName

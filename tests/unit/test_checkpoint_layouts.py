@@ -8,7 +8,7 @@ import diffusers.loaders.single_file_utils as oracle
 import pytest
 import torch
 
-from sdopt.checkpoint.model import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
-from sdopt.fidelity.draw import Drawing, draw_scene
+from sdopt.fidelity.drawings import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, starts_from_image, write_scene
 from sdopt.model.family import Family
 from sdopt.model.precision import Precision

@@ -14,7 +14,7 @@ from sdopt.bundle.manifest import FidelityRecord, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity import candidate as candidate_module
 from sdopt.fidelity import verdict as verdict_module
-from sdopt.fidelity.draw import Drawing, read_drawing, write_drawing
+from sdopt.fidelity.drawings import Drawing, read_drawing, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.fidelity.verdict import LIMITS, Limit, compare_drawings, judge_drawings, judge_fidelity
 from sdopt.model.precision import Precision

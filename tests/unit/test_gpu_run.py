@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from benchmarks import gpu_run
 from benchmarks.gpu_run import Candidate, Case, Deadline, Row, Run, format_row, main, run_all
 from benchmarks.roofline import find_peak_flops
-from sdopt.backends.gpu import find_gpu
+from sdopt.backends.cuda import find_gpu
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bench.case.random_checkpoint import UNET_SD15, UNET_SDXL
 from sdopt.bench.case.report import Stage

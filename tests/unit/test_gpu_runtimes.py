@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
-from sdopt.backends import gpu as gpu_module
-from sdopt.backends.gpu import GpuIdentity, find_gpu, shared_gpu
+from sdopt.backends import cuda as gpu_module
+from sdopt.backends.cuda import GpuIdentity, find_gpu, shared_gpu
 from sdopt.backends.onnxruntime import CudaSession, OnnxRuntimeBackend
 from sdopt.backends.open import open_session, probe_backend
 from sdopt.backends.protocol import ComponentFiles
@@ -20,7 +20,7 @@ from sdopt.errors import BackendError, MissingHardware
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.pipeline.load import component_files
-from sdopt.trace.parity import make_inputs
+from sdopt.trace.reference import make_inputs
 from tests.tensorrt_double import HostGpu
 
 CUDA = OnnxRuntimeSettings(device="cuda")

@@ -15,8 +15,8 @@ from sdopt.backends.open import probe_backend
 from sdopt.bench.case.report import LayerRecord
 from sdopt.bench.compare.component_errors import find_first_parting, measure_layers
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
-from sdopt.fidelity import layers
-from sdopt.fidelity.layers import _measure_error, compare_layers, split_runs
+from sdopt.fidelity import layer_errors as layers
+from sdopt.fidelity.layer_errors import _measure_error, compare_layers, split_runs
 from sdopt.graph.layers import list_layer_values
 from sdopt.graph.qdq import LayerChoice, insert_qdq
 from sdopt.isolation import Outcome

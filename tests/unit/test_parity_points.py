@@ -13,7 +13,7 @@ from sdopt.convert.plan import BuildPlan
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings
 from sdopt.model.target import Runtime, Target
-from sdopt.trace.parity import worst_of
+from sdopt.trace.reference import worst_of
 from tests.reference_session import TINY_SHAPES
 
 Point = tuple[int, int, int]

@@ -12,8 +12,8 @@ from sdopt.errors import CheckpointError, UnsafeInputError, UsageError
 from sdopt.fidelity.metrics import Picture
 from sdopt.fidelity.perceptual.clip import Clip, Preparation, prepare_picture
 from sdopt.fidelity.perceptual.frechet import compute_frechet_distance
+from sdopt.fidelity.perceptual.local_weights import PerceptualWeights, describe_weights, parse_weights, read_tensors
 from sdopt.fidelity.perceptual.lpips import Lpips, _choose_network, list_tensors
-from sdopt.fidelity.perceptual.weights import PerceptualWeights, describe_weights, parse_weights, read_tensors
 from sdopt.fidelity.scene import paint_image
 from tests.planted_weights import write_clip, write_lpips
 

@@ -18,7 +18,7 @@ from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity import verdict as verdict_module
-from sdopt.fidelity.draw import Drawing
+from sdopt.fidelity.drawings import Drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.fidelity.verdict import (
     LIMITS,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.backends.tensorrt.audit import NetworkAudit, judge_plan
-from sdopt.backends.tensorrt.library import Kind
+from sdopt.backends.tensorrt.loading import Kind
+from sdopt.backends.tensorrt.plan_audit import NetworkAudit, judge_plan
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
 from sdopt.bundle.manifest import PlanAudit
 from sdopt.errors import AuditError

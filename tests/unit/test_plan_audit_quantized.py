@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.backends.tensorrt.audit import NetworkAudit, audit_network, judge_plan
+from sdopt.backends.tensorrt.plan_audit import NetworkAudit, audit_network, judge_plan
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
 from sdopt.bundle.manifest import PlanAudit
 from sdopt.convert.plans.build import JOB, PlanJob, Rung

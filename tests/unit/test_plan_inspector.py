@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdopt.backends.tensorrt.inspector import count_attention_kernels, inspect_attention
-from sdopt.backends.tensorrt.library import load_library
+from sdopt.backends.tensorrt.loading import load_library
 from sdopt.machine.gpus import find_gpus
 
 

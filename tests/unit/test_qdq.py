@@ -33,7 +33,7 @@ from sdopt.model.precision import DType
 from sdopt.model.quantization import Scheme
 from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.trace.bind import bind_weights, rebind_weights
-from sdopt.trace.parity import load_reference, make_inputs
+from sdopt.trace.reference import load_reference, make_inputs
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.stream import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sdopt.checkpoint.model import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.cli.convert import dump_recipe, merge_recipe
 from sdopt.convert.plan import BuildPlan, resolve_build

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdopt.errors import CalibrationError
 from sdopt.model.precision import DType
 from sdopt.model.quantization import INT4_BLOCK, Scheme
-from sdopt.quantize.weights import QuantizedLayer, plan_quantized, quantize_weight, write_quantized
+from sdopt.quantize.rounding import QuantizedLayer, plan_quantized, quantize_weight, write_quantized
 from sdopt.weights.safetensors_header import read_header
 
 INT8, FP8, W8, W4 = Scheme.INT8, Scheme.FP8, Scheme.INT8_WEIGHTS, Scheme.INT4_WEIGHTS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdopt.backends.gpu import GpuIdentity
+from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.backends.tensorrt.engine import explain_invalidity
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sdopt.backends.gpu import describe_missing_gpu, find_gpu, shared_gpu
+from sdopt.backends.cuda import describe_missing_gpu, find_gpu, shared_gpu
 from sdopt.backends.protocol import ComponentFiles, Probe, Session
-from sdopt.backends.tensorrt.library import load_library
+from sdopt.backends.tensorrt.loading import load_library
 from sdopt.backends.tensorrt.session import TensorRTSession
 from sdopt.errors import MissingHardware
 from sdopt.model.precision import Precision

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sdopt import progress
-from sdopt.backends.tensorrt.network import ParsedNetwork
+from sdopt.backends.tensorrt.parsed_network import ParsedNetwork
 from sdopt.backends.tensorrt.weight_search import WeightSearch
 from sdopt.errors import BackendError, MissingHardware
 from sdopt.model.target import PORTABLE

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sdopt.backends.gpu import Gpu
+from sdopt.backends.cuda import Gpu
 from sdopt.backends.tensorrt.engine import LoadedEngine
 from sdopt.errors import BackendError
 from sdopt.model.component import ComponentSpec

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.backends.gpu import GpuIdentity
+from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.tensorrt.messages import Messages, make_logger
 from sdopt.bundle.manifest import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, SdoptError

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdopt.backends.gpu import GpuIdentity
+from sdopt.backends.cuda import GpuIdentity
 from sdopt.disk.files import write_file
 from sdopt.disk.store import cache_root
 from sdopt.errors import SdoptError

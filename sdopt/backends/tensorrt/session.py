@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sdopt.backends.gpu import Gpu, GpuIdentity
+from sdopt.backends.cuda import Gpu, GpuIdentity
+from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, axis_sizes
-from sdopt.backends.session import EngineSession
 from sdopt.backends.tensorrt.context import BoundContext
 from sdopt.backends.tensorrt.engine import LoadedEngine, load_engine
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path

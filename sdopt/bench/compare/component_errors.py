@@ -14,7 +14,7 @@ from sdopt.bench.case.report import CandidateKind, ComponentErrorRecord, LayerRe
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.components import measure_components, run_reference_components
-from sdopt.fidelity.layers import compare_layers
+from sdopt.fidelity.layer_errors import compare_layers
 from sdopt.model.component import ComponentName
 
 

@@ -16,9 +16,9 @@ from sdopt import progress
 from sdopt.bench.case.report import PictureRecord
 from sdopt.errors import SdoptError
 from sdopt.fidelity.colour import measure_colour_error
-from sdopt.fidelity.draw import Drawing
+from sdopt.fidelity.drawings import Drawing
 from sdopt.fidelity.metrics import compute_cosines, to_picture
-from sdopt.fidelity.perceptual.weights import (
+from sdopt.fidelity.perceptual.local_weights import (
     NOT_MEASURED,
     PerceptualWeights,
     describe_failure,

@@ -24,7 +24,7 @@ from sdopt.bench.measure.clock import Clock
 from sdopt.bench.measure.steady import Effort, Steady, has_settled, time_calls, warm_up
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings
-from sdopt.fidelity.draw import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing
+from sdopt.fidelity.drawings import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
 from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
@@ -33,7 +33,7 @@ from sdopt.model.recipe import BackendSettings, needs_gpu
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from sdopt.backends.gpu import GpuIdentity
+    from sdopt.backends.cuda import GpuIdentity
 
 
 @dataclass
@@ -175,7 +175,7 @@ def find_own_gpu(manifest: BundleManifest, settings: BackendSettings | None) -> 
     """The GPU that the candidate computes on; a candidate of the CPU has none, and CUDA is not even started."""
     if not (engines_use_gpu(manifest) if settings is None else needs_gpu(settings)):
         return None
-    from sdopt.backends.gpu import find_gpu
+    from sdopt.backends.cuda import find_gpu
 
     return find_gpu()
 

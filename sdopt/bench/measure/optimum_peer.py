@@ -179,7 +179,7 @@ def keep_in(steps: list[Any]) -> Callable[[Any], None]:
 
 
 def write_drawing(images: Any, latents: Any, job: dict[str, Any]) -> None:
-    """As `sdopt.fidelity.draw.write_drawing`, which reads it."""
+    """As `sdopt.fidelity.drawings.write_drawing`, which reads it."""
     import numpy as np
     from safetensors.numpy import save_file
 

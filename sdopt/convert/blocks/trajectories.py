@@ -33,7 +33,7 @@ from sdopt.disk.files import hash_file
 from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, RecipeError
 from sdopt.fidelity.candidate import open_candidate
-from sdopt.fidelity.draw import build_call
+from sdopt.fidelity.drawings import build_call
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName

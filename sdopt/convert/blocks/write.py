@@ -19,7 +19,7 @@ from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
 from sdopt.model.precision import DType
-from sdopt.quantize.weights import QuantizedLayer, write_quantized
+from sdopt.quantize.rounding import QuantizedLayer, write_quantized
 from sdopt.trace.bind import WEIGHTS_NAME, rebind_weights
 from sdopt.weights.safetensors_header import TensorRef, plan_layout, read_header
 from sdopt.weights.stream import storage_layout, write_weights

@@ -92,11 +92,11 @@ def _is_for_this_gpu(job: PlanJob) -> bool:
 
 def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     """Parse, audit the network, build, audit the plan. (SHA-256 of the plan, its audit, the library's version)."""
-    from sdopt.backends.tensorrt.audit import FUSED_HINT, allow_decomposed_attention, audit_network, judge_plan
     from sdopt.backends.tensorrt.builder import BuildOptions, NoFusedKernelError, build_plan
     from sdopt.backends.tensorrt.inspector import inspect_attention
-    from sdopt.backends.tensorrt.library import load_library
-    from sdopt.backends.tensorrt.network import parse_graph
+    from sdopt.backends.tensorrt.loading import load_library
+    from sdopt.backends.tensorrt.parsed_network import parse_graph
+    from sdopt.backends.tensorrt.plan_audit import FUSED_HINT, allow_decomposed_attention, audit_network, judge_plan
     from sdopt.backends.tensorrt.plan_text import count_attention, count_kernels, find_widened, read_kernels
     from sdopt.graph.audit import check_graph_file
     from sdopt.graph.scalars import lift_scalars

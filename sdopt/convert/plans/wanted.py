@@ -98,7 +98,7 @@ def require_builder(plan: BuildPlan) -> None:
     `MissingDependency`, `MissingHardware`, or `UsageError` that names what the library can build for.
     """
     require_types(plan)
-    from sdopt.backends.tensorrt.library import buildable_generations, load_library
+    from sdopt.backends.tensorrt.loading import buildable_generations, load_library
 
     kind = _kind(plan)
     library, known = load_library(kind), buildable_generations(kind)

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 
 from sdopt.backends.open import probe_backend
-from sdopt.backends.tensorrt.audit import allow_decomposed_attention
 from sdopt.backends.tensorrt.builder import Bounds, BuildOptions, build_plan
-from sdopt.backends.tensorrt.library import Kind, load_library
-from sdopt.backends.tensorrt.network import parse_graph
+from sdopt.backends.tensorrt.loading import Kind, load_library
+from sdopt.backends.tensorrt.parsed_network import parse_graph
+from sdopt.backends.tensorrt.plan_audit import allow_decomposed_attention
 from sdopt.bundle.damage import bundle_extents
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.disk.files import disk_errors, fsync_folder, write_file

@@ -89,8 +89,8 @@ def compare_layers(
         "peer": None if record.precision is Precision.FP32 else Precision.BF16.value,
     }
     try:
-        peer = run_isolated("sdopt.fidelity.layers:record_torch", arguments, timeout_s=timeout_s).value
-        errors = run_isolated("sdopt.fidelity.layers:run_graph", arguments, timeout_s=timeout_s).value
+        peer = run_isolated("sdopt.fidelity.layer_errors:record_torch", arguments, timeout_s=timeout_s).value
+        errors = run_isolated("sdopt.fidelity.layer_errors:run_graph", arguments, timeout_s=timeout_s).value
     finally:
         shutil.rmtree(place)
     tolerances = find_tolerances(record, [peer.get(layer) for layer in errors])
@@ -213,7 +213,7 @@ def _open_files(arguments: JsonTable) -> ComponentFiles:
 
 
 def _make_inputs(files: ComponentFiles) -> dict[str, torch.Tensor]:
-    from sdopt.trace.parity import make_inputs
+    from sdopt.trace.reference import make_inputs
 
     return make_inputs(files.spec, files.config, files.extents)
 

@@ -61,7 +61,7 @@ def draw_isolated(
         "output": str(output),
         "label": label,
     }
-    run_isolated("sdopt.fidelity.draw:draw", arguments, timeout_s=timeout_s)
+    run_isolated("sdopt.fidelity.drawings:draw", arguments, timeout_s=timeout_s)
     return read_drawing(output)
 
 

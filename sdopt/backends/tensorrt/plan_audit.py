@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdopt.backends.tensorrt.library import Kind
+from sdopt.backends.tensorrt.loading import Kind
 from sdopt.backends.tensorrt.quantized import QuantizedLayers
 from sdopt.bundle.manifest import PlanAudit
 from sdopt.errors import AuditError
