@@ -14,7 +14,7 @@ from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable, Outcome, run_child
 
-_SCRIPT = Path(__file__).with_name("peer_optimum.py")
+_SCRIPT = Path(__file__).with_name("optimum_peer.py")
 _SCHEDULER = "ddim"
 
 

@@ -104,7 +104,7 @@ def render_index(title: str, entries: Sequence[IndexEntry]) -> str:
 
 
 def _make_environment() -> jinja2.Environment:
-    folder = files("sdopt.bench").joinpath("templates")
+    folder = files("sdopt.bench.page").joinpath("templates")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,

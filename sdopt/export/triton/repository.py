@@ -147,7 +147,7 @@ def _write_pipeline(folder: Path, settings: dict[str, Any], config: ModelConfig,
 
 
 def _copy_code(name: str, target: Path) -> None:
-    write_file(target, files("sdopt.export").joinpath("triton_models", name).read_bytes())
+    write_file(target, files("sdopt.export.triton").joinpath("models", name).read_bytes())
 
 
 def _list_needs(manifest: BundleManifest, backend: TritonBackend) -> tuple[str, ...]:

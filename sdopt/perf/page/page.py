@@ -73,7 +73,7 @@ def render_history(view: HistoryView) -> str:
         from sdopt.perf.page.history_plots import plot_series
     except ImportError as error:
         raise MissingDependency.of("jinja2", extra="report") from error
-    folders = (files("sdopt.perf").joinpath("templates"), files("sdopt.bench").joinpath("templates"))
+    folders = (files("sdopt.perf.page").joinpath("templates"), files("sdopt.bench.page").joinpath("templates"))
 
     def load(name: str) -> str | None:
         found = (folder.joinpath(name) for folder in folders)
