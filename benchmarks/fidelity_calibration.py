@@ -23,8 +23,8 @@ from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import draw_scene
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 
 _PROMPTS = (*DEFAULT_PROMPTS, "a small green star on a white background", "a large black square on a red background")
 _SOUND: dict[str, BackendSettings] = {

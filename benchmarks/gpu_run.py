@@ -43,9 +43,9 @@ from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.isolation import run_isolated
 from sdopt.machine.environment import describe_machine
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.pipeline.load import component_files
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

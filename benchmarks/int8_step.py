@@ -24,8 +24,8 @@ from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.machine.environment import describe_machine
+from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import BackendSettings, TorchSettings
 
 _INT8 = "int8"
 _RATIOS = {"16 bits": 1.6, "torch eager fp32": 3.8}

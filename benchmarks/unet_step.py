@@ -21,9 +21,9 @@ from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.machine.environment import describe_machine
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, TorchSettings
 
 _BUDGETS = {"torch eager fp32": 2.4, "torch eager bf16": 1.35}
 _WARM_UP, _TIMED = 2, 3

@@ -11,8 +11,8 @@ from typing import Any
 from sdopt.bundle.manifest import BundleManifest, FileRecord, GpuRecord, PlanAudit, PlanRecord, write_manifest
 from sdopt.machine.environment import InstalledLibrary, Machine
 from sdopt.machine.gpus import Gpu
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import TensorRTSettings
 from tests.reference_session import make_bundle
 
 LINUX = "Linux x86_64"

@@ -28,10 +28,10 @@ from sdopt.bench.case.report import (
 from sdopt.bench.run import BenchResult
 from sdopt.bundle.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
 from sdopt.fidelity.drawings import Drawing
+from sdopt.model.backend_settings import OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
-from sdopt.model.recipe import OpenVINOSettings, TorchSettings
 
 MS = 1_000_000
 

@@ -28,10 +28,11 @@ from sdopt.bundle.manifest import (
     SourceRecord,
     Verdict,
 )  # fmt: skip
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component, vae_factor
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import BuildRecipe, Dialect, TorchSettings
+from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network
 from sdopt.weights.to_torch import TORCH_DTYPES

@@ -17,9 +17,9 @@ from sdopt.backends.cuda import Gpu, describe_missing_gpu, find_gpu, shared_gpu
 from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, Probe, axis_sizes
 from sdopt.errors import BackendError, MissingDependency
+from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import TensorSpec, vae_factor
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import OnnxRuntimeSettings
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 try:

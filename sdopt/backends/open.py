@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from sdopt.backends.protocol import Backend, ComponentFiles, Probe, Session
 from sdopt.errors import MissingDependency
+from sdopt.model.backend_settings import (
+    BackendSettings,
+    OnnxRuntimeSettings,
+    OpenVINOSettings,
+    TensorRTSettings,
+    TorchSettings,
+)
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 
 
 def backend_for(settings: BackendSettings) -> Backend:

@@ -12,8 +12,8 @@ import torch
 from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, Probe
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
+from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import OpenVINOSettings
 
 try:
     import openvino

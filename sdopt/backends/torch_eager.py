@@ -13,8 +13,8 @@ from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
 from sdopt.backends.torch_attention import prefer_kernel, use_package
 from sdopt.errors import MissingHardware
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import TorchSettings
 from sdopt.networks.modules import build_network, default_dtype
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import TORCH_DTYPES, load_weights

@@ -44,8 +44,8 @@ from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
 from sdopt.isolation import JsonTable, Outcome, run_isolated
 from sdopt.machine.environment import describe_machine
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import TorchSettings
 from sdopt.preflight.runnable import require_sound, require_trusted
 
 _ENTRIES = {

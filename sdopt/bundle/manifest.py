@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdopt.disk.files import resolve_inside, write_file
 from sdopt.errors import ArtifactError, ShapeError
+from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
-from sdopt.model.recipe import BackendSettings, BuildRecipe, Dialect
+from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
 SCHEMA_VERSION = 4

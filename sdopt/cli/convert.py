@@ -156,7 +156,7 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
 def _next_steps(output: Path, manifest: BundleManifest) -> list[str]:
     from sdopt.bundle.manifest import MANIFEST_NAME
     from sdopt.machine.gpus import find_gpus
-    from sdopt.model.recipe import needs_gpu
+    from sdopt.model.backend_settings import needs_gpu
 
     folder = shlex.quote(str(output))
     if find_gpus() or not any(needs_gpu(record.backend) for record in manifest.components.values()):

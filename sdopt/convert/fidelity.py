@@ -19,8 +19,8 @@ from sdopt.disk.store import Store
 from sdopt.errors import EnvironmentMissingError, FidelityError
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.machine.environment import Machine
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, needs_gpu
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, needs_gpu
 from sdopt.preflight.runnable import require_runnable
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store
 from sdopt.errors import MissingDependency, ParityError
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
 from sdopt.weights.safetensors_header import TensorRef
 

@@ -14,14 +14,8 @@ from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.disk.configs import find_config
 from sdopt.disk.digest import digest_of
 from sdopt.errors import MissingDependency, MissingHardware, RecipeError
-from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
-from sdopt.model.family import Family
-from sdopt.model.precision import DType, Precision
-from sdopt.model.quantization import QuantizationSettings, Scheme, parse_quantization
-from sdopt.model.recipe import (
+from sdopt.model.backend_settings import (
     BackendSettings,
-    BuildRecipe,
-    Dialect,
     OnnxRuntimeSettings,
     OpenVINOSettings,
     TensorRTSettings,
@@ -29,6 +23,11 @@ from sdopt.model.recipe import (
     graph_dtype,
     needs_gpu,
 )
+from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
+from sdopt.model.family import Family
+from sdopt.model.precision import DType, Precision
+from sdopt.model.quantization import QuantizationSettings, Scheme, parse_quantization
+from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile, parse_sizes
 from sdopt.model.target import Runtime, Target
 from sdopt.weights.safetensors_header import TensorRef

@@ -30,9 +30,9 @@ from sdopt.fidelity.metrics import compute_psnr, to_picture
 from sdopt.fidelity.scene import paint_image
 from sdopt.fidelity.verdict import LIMITS
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import TensorRTSettings
 from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:

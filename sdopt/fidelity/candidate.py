@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from sdopt.backends.open import probe_backend
 from sdopt.backends.protocol import Session
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.model.recipe import BackendSettings, TorchSettings, needs_gpu
+from sdopt.model.backend_settings import BackendSettings, TorchSettings, needs_gpu
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

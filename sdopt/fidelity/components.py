@@ -17,9 +17,9 @@ from sdopt.bundle.manifest import BundleManifest, ParityRecord
 from sdopt.errors import ShapeError
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
-from sdopt.model.recipe import BackendSettings, TorchSettings
 
 if TYPE_CHECKING:
     from sdopt.backends.protocol import ComponentFiles

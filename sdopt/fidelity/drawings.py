@@ -18,8 +18,8 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.family import Family
-from sdopt.model.recipe import BackendSettings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -27,9 +27,7 @@ from sdopt.bundle.manifest import BundleManifest, ComponentRecord
 from sdopt.disk.files import disk_errors, require_free_disk
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated
-from sdopt.model.component import ComponentName, TensorSpec
-from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import (
+from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,
     OpenVINOSettings,
@@ -37,6 +35,8 @@ from sdopt.model.recipe import (
     TorchSettings,
     graph_dtype,
 )
+from sdopt.model.component import ComponentName, TensorSpec
+from sdopt.model.precision import DType, Precision
 
 if TYPE_CHECKING:
     import torch

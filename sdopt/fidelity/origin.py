@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, CheckpointError
+from sdopt.model.backend_settings import graph_dtype
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import graph_dtype
 from sdopt.weights.safetensors_header import TensorRef
 from sdopt.weights.stream import identify_weights
 

@@ -52,9 +52,9 @@ from sdopt.fidelity.metrics import (
     to_picture,
 )
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
-from sdopt.model.recipe import TorchSettings
 
 REFERENCE = TorchSettings()
 NOISE_FLOOR = TorchSettings(attention="math")

@@ -21,7 +21,7 @@ from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, UnsafeInputError
 from sdopt.graph.audit import check_graph_file
 from sdopt.machine.environment import Machine, find_machine
-from sdopt.model.recipe import TensorRTSettings
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 
 _WEIGHTS_SUFFIX = "/weights.safetensors"

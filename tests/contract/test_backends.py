@@ -14,9 +14,9 @@ from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
 from sdopt.machine.environment import find_machine
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.pipeline.load import component_files
 from sdopt.preflight.plan_choice import choose_plans
 from sdopt.trace.reference import make_inputs

@@ -18,7 +18,7 @@ from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.open import probe_backend
 from sdopt.fidelity.metrics import compute_psnr
 from sdopt.machine.device_memory import sample_device_memory
-from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings
+from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings
 from sdopt.pipeline.load import close_engines
 from tests.conftest import TINY_SHAPES
 

@@ -14,15 +14,10 @@ from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.errors import ShapeError
 from sdopt.graph.audit import check_graph_file
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import (
-    BackendSettings,
-    BuildRecipe,
-    OnnxRuntimeSettings,
-    OpenVINOSettings,
-    VerifySettings,
-)
+from sdopt.model.recipe import BuildRecipe, VerifySettings
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.target import Runtime, Target
 from sdopt.preflight.check import check_bundle

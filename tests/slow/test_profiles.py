@@ -17,9 +17,9 @@ from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import judge_drawings
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.preflight.check import check_bundle
 from tests.checkpoints import make_model, small_recipe, write_folder

@@ -28,9 +28,10 @@ from sdopt.errors import ArtifactError, FidelityError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import JsonTable, Outcome
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
-from sdopt.model.recipe import TorchSettings, parse_recipe
+from sdopt.model.recipe import parse_recipe
 from sdopt.weights.safetensors_header import read_header
 from tests.conftest import TINY_SHAPES
 

@@ -16,11 +16,11 @@ from sdopt.bench.case.candidates import ENGINES, label_engines, list_candidates
 from sdopt.bench.case.report import CandidateKind
 from sdopt.bundle.manifest import BundleManifest, read_manifest, write_manifest
 from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.model.shape import ShapeProfile
 from tests.reference_session import make_bundle
 

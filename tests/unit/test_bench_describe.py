@@ -14,9 +14,9 @@ from sdopt.bench.case.report import CandidateKind
 from sdopt.bench.describe import describe_audits, find_build_time, find_size
 from sdopt.bundle.manifest import BuildRecord, FileRecord, GraphAudit, OutputParity, ParityRecord
 from sdopt.errors import MissingHardware
+from sdopt.model.backend_settings import TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import TensorRTSettings, TorchSettings
 
 SIZES = {
     "text_encoder/model.onnx": 1,

@@ -25,12 +25,10 @@ from sdopt.bundle.manifest import EnvironmentRecord, FileRecord, GraphAudit
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.drawings import write_drawing
 from sdopt.isolation import Outcome
+from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import (
-    OpenVINOSettings,
-    VerifySettings,
-)
+from sdopt.model.recipe import VerifySettings
 from sdopt.model.shape import ShapeProfile
 from tests.planted_reports import MS, make_drawing, make_process
 

@@ -16,9 +16,10 @@ from sdopt.convert import graphs
 from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import choose_runtime
 from sdopt.convert.plan import BuildPlan, ComponentPlan
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings, OpenVINOSettings
+from sdopt.model.recipe import BuildRecipe
 from sdopt.model.target import parse_target
 from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
 from sdopt.weights.safetensors_header import read_header

@@ -11,9 +11,9 @@ from sdopt.bench.case.candidates import Candidate
 from sdopt.bench.case.report import CandidateKind, Scope
 from sdopt.bench.compare.component_errors import measure_component_errors
 from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, TorchSettings
 
 _NAMES = (ComponentName.TEXT_ENCODER, ComponentName.UNET)
 

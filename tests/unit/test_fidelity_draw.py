@@ -14,9 +14,9 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
 from sdopt.fidelity.drawings import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, starts_from_image, write_scene
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.family import Family
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.shape import ShapeProfile
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle

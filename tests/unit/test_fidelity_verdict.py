@@ -17,15 +17,9 @@ from sdopt.fidelity import verdict as verdict_module
 from sdopt.fidelity.drawings import Drawing, read_drawing, write_drawing
 from sdopt.fidelity.scene import Scene
 from sdopt.fidelity.verdict import LIMITS, Limit, compare_drawings, judge_drawings, judge_fidelity
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import (
-    BackendSettings,
-    BuildRecipe,
-    OnnxRuntimeSettings,
-    TensorRTSettings,
-    TorchSettings,
-    VerifySettings,
-)
+from sdopt.model.recipe import BuildRecipe, VerifySettings
 
 CPU, GPU = OnnxRuntimeSettings(), TensorRTSettings(kind="tensorrt-rtx")
 SCENE = Scene(prompts=("a circle", "a star"), seed=7, steps=3, guidance_scale=5, inputs=Path("inputs.safetensors"))

@@ -18,10 +18,10 @@ from sdopt.bench.case.random_checkpoint import UNET_SD15, UNET_SDXL
 from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
 from sdopt.errors import SdoptError
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.model.recipe import TorchSettings
 from sdopt.model.shape import ShapeProfile
 
 VAE = {

@@ -17,8 +17,8 @@ from sdopt.backends.open import open_session, probe_backend
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import BackendError, MissingHardware
+from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.pipeline.load import component_files
 from sdopt.trace.reference import make_inputs
 from tests.tensorrt_double import HostGpu

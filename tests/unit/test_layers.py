@@ -20,10 +20,10 @@ from sdopt.fidelity.layer_errors import _measure_error, compare_layers, split_ru
 from sdopt.graph.layers import list_layer_values
 from sdopt.graph.qdq import LayerChoice, insert_qdq
 from sdopt.isolation import Outcome
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.networks.modules import build_network, tensor_names
 
 _BF16 = OpenVINOSettings(inference_precision=Precision.BF16)

@@ -10,10 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sdopt.backends.openvino import OpenVINOBackend
 from sdopt.backends.protocol import ComponentFiles
+from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
-from sdopt.model.recipe import OpenVINOSettings
 
 HALF = 160
 FREQUENCIES = np.exp(-np.log(10000) * np.arange(HALF) / HALF).astype(np.float32)[None]

@@ -10,8 +10,9 @@ from sdopt.bundle.manifest import OutputParity, ParityRecord
 from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import list_points, parity_key
 from sdopt.convert.plan import BuildPlan
+from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import BuildRecipe, OnnxRuntimeSettings
+from sdopt.model.recipe import BuildRecipe
 from sdopt.model.target import Runtime, Target
 from sdopt.trace.reference import worst_of
 from tests.reference_session import TINY_SHAPES

@@ -28,8 +28,9 @@ from sdopt.fidelity.verdict import (
     judge_drawings,
     judge_engines,
 )
+from sdopt.model.backend_settings import OnnxRuntimeSettings, TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import OnnxRuntimeSettings, TorchSettings, VerifySettings
+from sdopt.model.recipe import VerifySettings
 from tests.reference_session import make_bundle
 
 SCENE = Scene(prompts=("a circle", "a star"), seed=7, steps=3, guidance_scale=5, inputs=Path("inputs.safetensors"))

@@ -27,11 +27,11 @@ from sdopt.convert.blocks.write import Stock, find_layers, publish_choice, stock
 from sdopt.errors import ExportError
 from sdopt.graph.audit import check_graph_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import Scheme
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.trace.bind import bind_weights, rebind_weights
 from sdopt.trace.reference import load_reference, make_inputs
 from sdopt.weights.safetensors_header import read_header

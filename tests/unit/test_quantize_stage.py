@@ -40,11 +40,12 @@ from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
 from sdopt.isolation import JsonTable
+from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import ComponentQuantization, Scheme
-from sdopt.model.recipe import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, parse_recipe
+from sdopt.model.recipe import parse_recipe
 from tests.conftest import TINY_SHAPES
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle

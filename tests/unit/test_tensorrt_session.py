@@ -17,10 +17,10 @@ from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cach
 from sdopt.backends.tensorrt.session import TensorRTSession, choose_plan
 from sdopt.bundle.manifest import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, ShapeError
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.model.recipe import TensorRTSettings
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.weights.to_torch import TORCH_DTYPES
 from tests import tensorrt_double as double

@@ -24,10 +24,11 @@ from sdopt.convert import graphs
 from sdopt.convert.graphs import TraceJob
 from sdopt.errors import ArtifactError, ExportError, ShapeError
 from sdopt.graph.audit import check_graph_file
+from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import ComponentName, describe_component, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.model.recipe import Dialect, OnnxRuntimeSettings
+from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network, count_attention_layers
 from sdopt.trace.bind import bind_weights

@@ -7,8 +7,8 @@ from sdopt.backends.protocol import ComponentFiles, Probe, Session
 from sdopt.backends.tensorrt.loading import load_library
 from sdopt.backends.tensorrt.session import TensorRTSession
 from sdopt.errors import MissingHardware
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import TensorRTSettings
 
 _PRECISIONS = (Precision.FP32, Precision.BF16, Precision.FP16)
 

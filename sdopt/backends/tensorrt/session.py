@@ -16,7 +16,7 @@ from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cach
 from sdopt.bundle.manifest import PlanRecord
 from sdopt.disk.files import resolve_inside
 from sdopt.errors import ArtifactError, ShapeError
-from sdopt.model.recipe import TensorRTSettings
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.shape import CHUNK_TOKENS, Extent
 from sdopt.weights.to_torch import TORCH_DTYPES
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.errors import UsageError
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import TorchSettings
 
 
 class Baseline(StrEnum):

@@ -20,10 +20,16 @@ from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import starts_from_image
 from sdopt.fidelity.verdict import least_precision
+from sdopt.model.backend_settings import (
+    BackendSettings,
+    OnnxRuntimeSettings,
+    OpenVINOSettings,
+    TensorRTSettings,
+    TorchSettings,
+)
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
-from sdopt.model.recipe import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.preflight.runnable import require_sound, require_trusted
 
 __all__ = ["ENGINES", "Baseline", "Candidate", "label_engines", "list_candidates", "parse_against"]

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sdopt.bundle.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import ArtifactError
+from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings
 
 SCHEMA_VERSION = 4
 _LIMIT_BYTES = 256 << 20

@@ -28,7 +28,7 @@ from sdopt.fidelity.drawings import Drawing, batch_starts, build_call, draw_batc
 from sdopt.fidelity.scene import Scene
 from sdopt.isolation import JsonTable
 from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
-from sdopt.model.recipe import BackendSettings, needs_gpu
+from sdopt.model.backend_settings import BackendSettings, needs_gpu
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

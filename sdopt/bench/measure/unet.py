@@ -30,8 +30,8 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import parse_settings
 from sdopt.isolation import JsonTable
+from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import BackendSettings, TorchSettings
 
 if TYPE_CHECKING:
     import torch

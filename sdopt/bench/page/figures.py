@@ -18,9 +18,9 @@ from sdopt.bench.case.report import (
 )
 from sdopt.bench.case.stats import StepFit, fit_steps
 from sdopt.bench.page.summary import CandidateSummary
+from sdopt.model.backend_settings import BackendSettings, OpenVINOSettings, TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BackendSettings, OpenVINOSettings, TensorRTSettings
 
 WORST_LAYERS = 10
 _COMPONENT_STAGES = {

@@ -30,9 +30,9 @@ from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
+from sdopt.model.backend_settings import BackendSettings, TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import ComponentQuantization, QuantizationSettings
-from sdopt.model.recipe import BackendSettings, TensorRTSettings
 from sdopt.trace.bind import WEIGHTS_NAME
 
 # What a picture's time may grow by where weights alone are quantised, which saves memory and disk.

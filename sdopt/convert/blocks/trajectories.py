@@ -36,9 +36,9 @@ from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import build_call
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
-from sdopt.model.recipe import TorchSettings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

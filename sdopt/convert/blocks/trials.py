@@ -23,9 +23,9 @@ from sdopt.convert.blocks.write import Stock, write_trial
 from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
 from sdopt.isolation import JsonTable, run_isolated
+from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentSpec
 from sdopt.model.family import Family
-from sdopt.model.recipe import BackendSettings
 from sdopt.model.shape import Extent
 
 if TYPE_CHECKING:

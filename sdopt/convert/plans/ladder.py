@@ -37,8 +37,9 @@ from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError
 from sdopt.isolation import kill_children, run_isolated
 from sdopt.machine.environment import describe_system
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.recipe import Dialect, TensorRTSettings, parse_bytes
+from sdopt.model.recipe import Dialect, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
 from sdopt.trace.bind import WEIGHTS_NAME
 

@@ -26,9 +26,9 @@ from sdopt.export.comfyui.flat_graph import adapt_unet
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 from sdopt.export.triton.config import quote
 from sdopt.graph.audit import check_graph_file
+from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
-from sdopt.model.recipe import TensorRTSettings
 from sdopt.model.shape import Extent
 
 _UNET = ComponentName.UNET
