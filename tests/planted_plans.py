@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import BundleManifest, FileRecord, GpuRecord, PlanAudit, PlanRecord, write_manifest
+from sdopt.bundle.manifest import BundleManifest, PlanAudit, PlanRecord, write_manifest
+from sdopt.disk.digest import FileRecord
 from sdopt.machine.environment import InstalledLibrary, Machine
 from sdopt.machine.gpus import Gpu
+from sdopt.machine.machine_record import GpuRecord
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from tests.reference_session import make_bundle

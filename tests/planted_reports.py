@@ -26,8 +26,9 @@ from sdopt.bench.case.report import (
     Status,
 )
 from sdopt.bench.run import BenchResult
-from sdopt.bundle.manifest import BlockRecord, EnvironmentRecord, QuantizationRecord, SpeedupRecord
+from sdopt.bundle.manifest import BlockRecord, QuantizationRecord, SpeedupRecord
 from sdopt.fidelity.drawings import Drawing
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

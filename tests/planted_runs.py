@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sdopt.bench.case.report import Conditions
-from sdopt.bundle.manifest import EnvironmentRecord
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.perf.history.fingerprint import fingerprint_of
 from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
 

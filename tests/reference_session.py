@@ -19,15 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import sdopt
 from sdopt.backends.protocol import MemoryUse, check_inputs
-from sdopt.bundle.manifest import (
-    BundleManifest,
-    ComponentRecord,
-    EnvironmentRecord,
-    FidelityRecord,
-    GraphAudit,
-    SourceRecord,
-    Verdict,
-)  # fmt: skip
+from sdopt.bundle.manifest import BundleManifest, ComponentRecord, FidelityRecord, GraphAudit, SourceRecord, Verdict
+from sdopt.machine.machine_record import EnvironmentRecord  # fmt: skip
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component, vae_factor
 from sdopt.model.family import Family, Prediction

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sdopt.bundle.manifest import BundleManifest, FileRecord, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, vae_factor

@@ -10,10 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from sdopt.disk.digest import FileRecord, Record
 from sdopt.disk.files import resolve_inside, write_file
 from sdopt.errors import ArtifactError, ShapeError
+from sdopt.machine.machine_record import EnvironmentRecord, PlanFlavour
 from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family, Prediction
@@ -27,16 +29,7 @@ MANIFEST_NAME = "bundle.json"
 _LIMIT_BYTES = 16 << 20
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileRecord(_Record):
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size_bytes: int = Field(ge=0)
-
-
-class SourceRecord(_Record):
+class SourceRecord(Record):
     """Where the weights came from. `digest` is over the weight files of the bundle, whatever files they came from."""
 
     kind: Literal["huggingface", "diffusers", "single-file"]
@@ -46,7 +39,7 @@ class SourceRecord(_Record):
     licence: str = ""
 
 
-class OutputParity(_Record):
+class OutputParity(Record):
     """One output against torch fp32: largest absolute difference, |a-b|/|b|, and 1 - cosine."""
 
     name: str
@@ -55,7 +48,7 @@ class OutputParity(_Record):
     cosine_distance: float
 
 
-class ParityRecord(_Record):
+class ParityRecord(Record):
     passed: bool
     runtime: str
     points: int = 1
@@ -65,7 +58,7 @@ class ParityRecord(_Record):
     cosine_distance_limit: float
 
 
-class GraphAudit(_Record):
+class GraphAudit(Record):
     """What the graph says of itself: counts of ONNX nodes, and the attention layers that torch has."""
 
     opset: int
@@ -74,7 +67,7 @@ class GraphAudit(_Record):
     attention_layers: int
 
 
-class PlanAudit(_Record):
+class PlanAudit(Record):
     """What was found in a plan, beside what was asked for. Layers are named by the nodes of the graph."""
 
     attention_layers: int
@@ -112,10 +105,7 @@ class PlanAudit(_Record):
     """Quantised layers that the plan widens to 16 bits before it computes, so that they take no less time."""
 
 
-PlanFlavour = Literal["tensorrt-rtx", "tensorrt"]
-
-
-class PlanRecord(_Record):
+class PlanRecord(Record):
     """One engine file, and what a machine must have to run it."""
 
     file: str
@@ -141,7 +131,7 @@ class PlanRecord(_Record):
     audit: PlanAudit
 
 
-class SpeedupRecord(_Record):
+class SpeedupRecord(Record):
     """How many times as fast, with an interval of 95 %, from runs that took turns."""
 
     value: float
@@ -149,7 +139,7 @@ class SpeedupRecord(_Record):
     high: float
 
 
-class BlockRecord(_Record):
+class BlockRecord(Record):
     """A group of layers that was tried in a quantised scheme, alone."""
 
     name: str
@@ -165,7 +155,7 @@ class BlockRecord(_Record):
     built it, or was not asked to."""
 
 
-class QuantizationRecord(_Record):
+class QuantizationRecord(Record):
     """What was tried on a component, and what of it stayed. `error` and `speedup` are of all that stayed, together."""
 
     settings: ComponentQuantization
@@ -205,7 +195,7 @@ class QuantizationRecord(_Record):
         )
 
 
-class ComponentRecord(_Record):
+class ComponentRecord(Record):
     spec: ComponentSpec
     precision: Precision
     precision_reason: str = ""
@@ -235,7 +225,7 @@ class Verdict(StrEnum):
     NOT_VERIFIED = "not verified"
 
 
-class ImageFidelity(_Record):
+class ImageFidelity(Record):
     """One picture of the engines against torch fp32 from the same initial latents.
 
     PSNR in dB (null for equal pictures), SSIM and MS-SSIM in [0, 1], the least cosine of the latents over the steps.
@@ -251,7 +241,7 @@ class ImageFidelity(_Record):
     noise_floor_ssim: float
 
 
-class FidelityRecord(_Record):
+class FidelityRecord(Record):
     verdict: Verdict
     reason: str
     scheduler: str = ""
@@ -260,30 +250,7 @@ class FidelityRecord(_Record):
     images: tuple[ImageFidelity, ...] = ()
 
 
-class GpuRecord(_Record):
-    """A GPU as its driver shows it; `generation` is its compute capability, as in `sm89`."""
-
-    name: str
-    generation: str
-    memory_bytes: int
-    driver: str
-    cuda: str
-    """The newest CUDA that the driver knows, as in `13.0`."""
-
-
-class EnvironmentRecord(_Record):
-    """The machine and libraries that made the bundle; `cpu_features` are those that the engines' precision needs."""
-
-    sdopt: str
-    python: str
-    system: str
-    processor: str
-    cpu_features: tuple[str, ...]
-    libraries: dict[str, str]
-    gpus: tuple[GpuRecord, ...] = ()
-
-
-class BuildRecord(_Record):
+class BuildRecord(Record):
     """How long the build took. Where steps were found in the store or left by a killed run, that is no build's time."""
 
     wall_ns: int
@@ -292,7 +259,7 @@ class BuildRecord(_Record):
     """Names of the stages of which something was found: `graph`, `parity`, `plan`, `weights` and the like."""
 
 
-class BundleManifest(_Record):
+class BundleManifest(Record):
     schema_version: Literal[4] = 4
     name: str
     created_utc: str

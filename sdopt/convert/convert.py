@@ -18,7 +18,6 @@ from sdopt.bundle.manifest import (
     BundleManifest,
     ComponentRecord,
     FidelityRecord,
-    FileRecord,
     GraphAudit,
     ParityRecord,
     QuantizationRecord,
@@ -34,7 +33,7 @@ from sdopt.convert.parity import prove_parity, require_runtimes
 from sdopt.convert.plan import BuildPlan, require_backends
 from sdopt.convert.plans.ladder import MadePlan, make_plans, place_plan
 from sdopt.convert.plans.wanted import generations, library_version, require_builder
-from sdopt.disk.digest import digest_of
+from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.files import require_free_disk, write_file
 from sdopt.disk.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.disk.store import Store, cache_root

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt import progress
 from sdopt.bundle.damage import find_damage
-from sdopt.bundle.manifest import MANIFEST_NAME, FileRecord
-from sdopt.disk.digest import digest_of
+from sdopt.bundle.manifest import MANIFEST_NAME
+from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sdopt._version import __version__
-from sdopt.bundle.manifest import EnvironmentRecord, PlanFlavour
 from sdopt.machine.gpus import Gpu, find_gpus
+from sdopt.machine.machine_record import EnvironmentRecord, PlanFlavour
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt-rtx",
               "tensorrt", "numpy")  # fmt: skip

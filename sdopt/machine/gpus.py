@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdopt.bundle.manifest import GpuRecord
+from sdopt.machine.machine_record import GpuRecord
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,8 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.damage import find_damage, record_file, require_intact
-from sdopt.bundle.manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    BundleManifest,
-    FileRecord,
-    read_manifest,
-    write_manifest,
-)
+from sdopt.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleManifest, read_manifest, write_manifest
+from sdopt.disk.digest import FileRecord
 from sdopt.errors import ArtifactError, UnsafeInputError
 from tests.reference_session import make_bundle
 

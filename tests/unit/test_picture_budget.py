@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, ImageFidelity, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
 from sdopt.convert.fidelity import PictureJudge
+from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError

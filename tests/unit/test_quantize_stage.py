@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import sdopt.convert.blocks.quantized_component as candidate_module
 import sdopt.convert.blocks.select as stage
 import sdopt.convert.blocks.trials as trials_module
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, FileRecord, SpeedupRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest, FidelityRecord, SpeedupRecord, Verdict
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import fidelity as judge_module
 from sdopt.convert.blocks.choose import Measurement, harm_of
@@ -34,6 +34,7 @@ from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, measure_er
 from sdopt.convert.blocks.write import Stock
 from sdopt.convert.fidelity import runnable_here
 from sdopt.convert.plan import BuildPlan, resolve_build
+from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, FidelityError

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdopt.bundle.manifest import EnvironmentRecord, ImageFidelity, QuantizationRecord
+from sdopt.bundle.manifest import ImageFidelity, QuantizationRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import ArtifactError
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from sdopt.bundle.manifest import BlockRecord, FileRecord, QuantizationRecord
+from sdopt.bundle.manifest import BlockRecord, QuantizationRecord
 from sdopt.convert.blocks.choose import GroupVerdict, Measurement, Outcome, choose_groups, find_loss
 from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, run_trials
 from sdopt.convert.blocks.write import publish_choice
-from sdopt.disk.digest import digest_of
+from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.graph.qdq import LayerChoice
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import ComponentQuantization, QuantizationSettings, Scheme

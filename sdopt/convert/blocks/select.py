@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.bundle.damage import record_file
-from sdopt.bundle.manifest import BundleManifest, FileRecord, Verdict, read_config
+from sdopt.bundle.manifest import BundleManifest, Verdict, read_config
 from sdopt.convert.blocks.calibrate import calibrate
 from sdopt.convert.blocks.choose import harm_of
 from sdopt.convert.blocks.quantized_component import Candidate
@@ -24,7 +24,7 @@ from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.configs import find_prompts
-from sdopt.disk.digest import digest_of
+from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError

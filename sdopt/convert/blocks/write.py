@@ -14,8 +14,8 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import Tensor
 
-from sdopt.bundle.manifest import FileRecord
 from sdopt.convert.graphs import GRAPH_NAME
+from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
 from sdopt.model.precision import DType

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.bundle.manifest import FileRecord, GraphAudit, PlanAudit, PlanRecord
+from sdopt.bundle.manifest import GraphAudit, PlanAudit, PlanRecord
 from sdopt.bundle.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
@@ -32,6 +32,7 @@ from sdopt.convert.plans.wanted import (
     pixels_per_latent,
     requires_fused,
 )
+from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError

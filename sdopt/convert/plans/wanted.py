@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdopt.bundle.manifest import FileRecord, PlanFlavour
 from sdopt.convert.plan import BuildPlan
-from sdopt.disk.digest import digest_of
+from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.errors import MissingHardware, RecipeError, UsageError
 from sdopt.machine.environment import describe_system, find_version
 from sdopt.machine.gpus import find_gpus
+from sdopt.machine.machine_record import PlanFlavour
 from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme

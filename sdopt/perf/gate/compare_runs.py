@@ -16,8 +16,8 @@ from typing import Any
 from sdopt.bench.case.report import BenchReport, CaseRecord, read_report
 from sdopt.bench.case.stats import PairVerdict, judge_pair
 from sdopt.bench.measure.conditions import list_problems
-from sdopt.bundle.manifest import EnvironmentRecord
 from sdopt.errors import UsageError
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.perf.history.fingerprint import describe_change
 from sdopt.perf.history.history import History, find_run
 from sdopt.perf.history.nights import relative_change, take_value

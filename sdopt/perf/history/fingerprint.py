@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from sdopt.bundle.manifest import EnvironmentRecord, GpuRecord
 from sdopt.disk.digest import digest_of
+from sdopt.machine.machine_record import EnvironmentRecord, GpuRecord
 
 _DIGITS = 16
 # The kernel keeps some MB for itself, and not the same after every update.

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdopt.bench.case.report import Conditions
-from sdopt.bundle.manifest import EnvironmentRecord
+from sdopt.machine.machine_record import EnvironmentRecord
 
 SCHEMA_VERSION = 1
 
