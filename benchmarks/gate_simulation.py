@@ -24,9 +24,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, chi2
+from sdopt.machine.machine_record import EnvironmentRecord
 
 from sdopt.bench.case.report import Conditions
-from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.perf.gate.confirm_rules import Confirm, Confirmation
 from sdopt.perf.gate.findings import GateReport, Rule
 from sdopt.perf.gate.gate import judge_night

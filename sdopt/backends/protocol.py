@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
-from sdopt.bundle.manifest import PlanRecord
+from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sdopt.bench.case.candidates import Candidate
 from sdopt.bench.case.report import CandidateKind, CaseRecord, Scope
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, ComponentRecord, PlanRecord
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.records import ComponentRecord, PlanRecord
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.scene import Scene

@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.bundle.manifest import PlanRecord
+from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError
 from sdopt.machine.machine_record import PlanFlavour
 from sdopt.model.target import PORTABLE

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import SourceRecord
+from sdopt.bundle.records import SourceRecord
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
 from sdopt.weights.safetensors_header import TensorRef

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import MANIFEST_NAME, SourceRecord
+from sdopt.bundle.manifest import MANIFEST_NAME
+from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
 from sdopt.checkpoint.match import match_component
 from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, read_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import SourceRecord
+from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
 from sdopt.checkpoint.detect import advise, name_kind
 from sdopt.checkpoint.folder import is_inpainting, open_vae_folder, split_vae

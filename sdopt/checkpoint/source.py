@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sdopt.bundle.manifest import SourceRecord
+from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.checkpoint.folder import is_inpainting, open_folder
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id

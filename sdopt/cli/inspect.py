@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from pydantic import TypeAdapter
 
-from sdopt.bundle.manifest import ComponentRecord, QuantizationRecord
+from sdopt.bundle.records import ComponentRecord, QuantizationRecord
 from sdopt.cli.text import neutralise
 from sdopt.model.component import ComponentName
 from sdopt.model.shape import ShapeProfile, describe_profiles

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sdopt._version import __version__
-from sdopt.bundle.manifest import BundleManifest, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import Verdict
 from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan

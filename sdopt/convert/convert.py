@@ -12,18 +12,15 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.bundle.damage import find_damage, record_file
-from sdopt.bundle.manifest import (
-    MANIFEST_NAME,
+from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.records import (
     BuildRecord,
-    BundleManifest,
     ComponentRecord,
     FidelityRecord,
     GraphAudit,
     ParityRecord,
     QuantizationRecord,
     Verdict,
-    read_manifest,
-    write_manifest,
 )
 from sdopt.convert.blocks.select import Shop, quantize
 from sdopt.convert.card import make_card, write_small_files

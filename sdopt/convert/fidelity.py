@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt.bundle.manifest import BundleManifest, ComponentRecord, FidelityRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import ComponentRecord, FidelityRecord, Verdict
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file
 from sdopt.disk.staging import Staging

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.bundle.manifest import GraphAudit
+from sdopt.bundle.records import GraphAudit
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.store import Store
 from sdopt.isolation import JsonTable, run_isolated

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.backends.open import probe_backend
-from sdopt.bundle.manifest import ParityRecord
+from sdopt.bundle.records import ParityRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import progress
-from sdopt.bundle.manifest import BundleManifest, ParityRecord
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import ParityRecord
 from sdopt.errors import ShapeError
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import progress
-from sdopt.bundle.manifest import BundleManifest, ComponentRecord
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import ComponentRecord
 from sdopt.disk.files import disk_errors, require_free_disk
 from sdopt.fidelity.candidate import dump_settings, parse_settings
 from sdopt.isolation import JsonTable, run_isolated

@@ -37,7 +37,8 @@ from typing import Literal
 import numpy as np
 
 from sdopt import progress
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import FidelityRecord, ImageFidelity, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity.candidate import find_reference_device
 from sdopt.fidelity.drawings import Drawing, draw_isolated

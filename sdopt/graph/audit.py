@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from sdopt.bundle.manifest import GraphAudit
+from sdopt.bundle.records import GraphAudit
 from sdopt.errors import ArtifactError, UnsafeInputError
 
 _GRAPH_LIMIT_BYTES = 2**31 - 1

@@ -13,7 +13,8 @@ from sdopt import progress
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.damage import bundle_extents, bundle_profiles
-from sdopt.bundle.manifest import BundleManifest, PlanRecord, read_config, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
+from sdopt.bundle.records import PlanRecord
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.modules.engines import EngineModule

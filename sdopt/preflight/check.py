@@ -10,7 +10,8 @@ import onnx
 
 from sdopt import progress
 from sdopt.bundle.damage import bundle_extents, find_damage
-from sdopt.bundle.manifest import BundleManifest, ComponentRecord, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.bundle.records import ComponentRecord, Verdict
 from sdopt.bundle.trust import parse_digest, remember_named
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.audit import check_graph_file

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.bundle.manifest import BundleManifest, ComponentRecord, PlanRecord
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.plan_header import RTX_GENERATIONS
+from sdopt.bundle.records import ComponentRecord, PlanRecord
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
 from sdopt.machine.gpus import Gpu

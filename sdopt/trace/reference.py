@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdopt.bundle.manifest import OutputParity, ParityRecord
+from sdopt.bundle.records import OutputParity, ParityRecord
 from sdopt.model.component import ComponentName, ComponentSpec, Config, TensorSpec, Tolerance
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent

@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.bundle.records import Verdict
 from sdopt.preflight.check import check_bundle
 from tests.conftest import TINY_SHAPES
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.bundle.manifest import Verdict, read_config
+from sdopt.bundle.manifest import read_config
+from sdopt.bundle.records import Verdict
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.errors import ShapeError

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.bundle.manifest import BundleManifest, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import Verdict
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.model.component import ComponentName

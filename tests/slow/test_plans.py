@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.bundle.records import Verdict
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
 from sdopt.model.component import ComponentName

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdopt.bundle.manifest import BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.bundle.records import Verdict
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import Drawing, draw_scene
 from sdopt.fidelity.scene import Scene, write_scene

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdopt.bundle.manifest import BlockRecord, BundleManifest, Verdict, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
+from sdopt.bundle.records import BlockRecord, Verdict
 from sdopt.convert.blocks import trials
 from sdopt.convert.blocks import write as variants
 from sdopt.convert.convert import convert

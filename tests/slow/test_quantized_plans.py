@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from sdopt.backends.tensorrt import parsed_network as network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
-from sdopt.bundle.manifest import PlanAudit, read_manifest
+from sdopt.bundle.manifest import read_manifest
+from sdopt.bundle.records import PlanAudit
 from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.bundle.manifest import Verdict
+from sdopt.bundle.records import Verdict
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.convert.steps import list_steps

@@ -12,7 +12,7 @@ from sdopt.bench import describe as describe_module
 from sdopt.bench.case.candidates import Candidate
 from sdopt.bench.case.report import CandidateKind
 from sdopt.bench.describe import describe_audits, find_build_time, find_size
-from sdopt.bundle.manifest import BuildRecord, GraphAudit, OutputParity, ParityRecord
+from sdopt.bundle.records import BuildRecord, GraphAudit, OutputParity, ParityRecord
 from sdopt.disk.digest import FileRecord
 from sdopt.errors import MissingHardware
 from sdopt.model.backend_settings import TensorRTSettings, TorchSettings

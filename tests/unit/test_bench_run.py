@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sdopt.machine.machine_record import EnvironmentRecord
 
 from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
@@ -21,12 +22,11 @@ from sdopt.bench.measure import roofline as roofline_module
 from sdopt.bench.measure import unet as unet_module
 from sdopt.bench.measure.process_environment import CpuUse, measure_machine, read_cpu_use
 from sdopt.bench.run import BenchRequest, BenchResult, interleave, run_bench
-from sdopt.bundle.manifest import GraphAudit
+from sdopt.bundle.records import GraphAudit
 from sdopt.disk.digest import FileRecord
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.drawings import write_drawing
 from sdopt.isolation import Outcome
-from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.bundle.manifest import ParityRecord
+from sdopt.bundle.records import ParityRecord
 from sdopt.convert import graphs
 from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import choose_runtime

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bundle.manifest import SpeedupRecord
+from sdopt.bundle.records import SpeedupRecord
 from sdopt.convert.blocks.choose import LEAST_GAIN, Measurement, Outcome, choose_groups, find_loss, harm_of
 from sdopt.model.quantization import Scheme
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdopt.backends.protocol import Probe
-from sdopt.bundle.manifest import FidelityRecord, Verdict
+from sdopt.bundle.records import FidelityRecord, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity import candidate as candidate_module
 from sdopt.fidelity import verdict as verdict_module

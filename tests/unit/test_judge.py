@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sdopt.machine.machine_record import GpuRecord
 
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import FidelityRecord, Verdict
 from sdopt.convert import fidelity as judge_module
 from sdopt.convert.fidelity import PictureJudge, judge
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.fidelity import verdict as verdict_module
-from sdopt.machine.machine_record import GpuRecord
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
 

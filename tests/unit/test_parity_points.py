@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.bundle.manifest import OutputParity, ParityRecord
+from sdopt.bundle.records import OutputParity, ParityRecord
 from sdopt.convert.decide import open_plan
 from sdopt.convert.parity import list_points, parity_key
 from sdopt.convert.plan import BuildPlan

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, ImageFidelity, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import FidelityRecord, ImageFidelity, Verdict
 from sdopt.convert.fidelity import PictureJudge
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sdopt.backends.tensorrt.plan_audit import NetworkAudit, audit_network, judge_plan
 from sdopt.backends.tensorrt.weight_search import WeightRange, WeightSearch
-from sdopt.bundle.manifest import PlanAudit
+from sdopt.bundle.records import PlanAudit
 from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.errors import AuditError
 from sdopt.model.component import ComponentName

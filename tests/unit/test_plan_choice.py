@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdopt.bundle.manifest import BundleManifest, PlanRecord
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import PlanRecord
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command

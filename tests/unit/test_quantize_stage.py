@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 import sdopt.convert.blocks.quantized_component as candidate_module
 import sdopt.convert.blocks.select as stage
 import sdopt.convert.blocks.trials as trials_module
-from sdopt.bundle.manifest import BundleManifest, FidelityRecord, SpeedupRecord, Verdict
+from sdopt.bundle.manifest import BundleManifest
+from sdopt.bundle.records import FidelityRecord, SpeedupRecord, Verdict
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import fidelity as judge_module
 from sdopt.convert.blocks.choose import Measurement, harm_of

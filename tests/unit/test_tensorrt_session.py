@@ -15,7 +15,7 @@ from sdopt.backends.protocol import ComponentFiles
 from sdopt.backends.tensorrt.engine import explain_invalidity
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path
 from sdopt.backends.tensorrt.session import TensorRTSession, choose_plan
-from sdopt.bundle.manifest import PlanRecord
+from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, ShapeError
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName, describe_component

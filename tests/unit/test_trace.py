@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sdopt.trace.trace
 from sdopt.backends.onnxruntime import OnnxRuntimeBackend
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.bundle.manifest import ParityRecord
+from sdopt.bundle.records import ParityRecord
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import graphs
 from sdopt.convert.graphs import TraceJob

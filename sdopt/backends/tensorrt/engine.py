@@ -12,7 +12,7 @@ from typing import Any
 
 from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.tensorrt.messages import Messages, make_logger
-from sdopt.bundle.manifest import PlanRecord
+from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, SdoptError
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory")

@@ -19,7 +19,7 @@ from typing import Any
 
 from sdopt.backends.tensorrt.loading import Kind
 from sdopt.backends.tensorrt.quantized import QuantizedLayers
-from sdopt.bundle.manifest import PlanAudit
+from sdopt.bundle.records import PlanAudit
 from sdopt.errors import AuditError
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme

@@ -13,7 +13,7 @@ from sdopt.backends.protocol import ComponentFiles, DeviceMemory, axis_sizes
 from sdopt.backends.tensorrt.context import BoundContext
 from sdopt.backends.tensorrt.engine import LoadedEngine, load_engine
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path
-from sdopt.bundle.manifest import PlanRecord
+from sdopt.bundle.records import PlanRecord
 from sdopt.disk.files import resolve_inside
 from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.backend_settings import TensorRTSettings

@@ -15,7 +15,8 @@ from sdopt.bench.case.baselines import (
     usual_baselines,
 )
 from sdopt.bench.case.report import CandidateKind
-from sdopt.bundle.manifest import BundleManifest, ComponentRecord, read_config, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
+from sdopt.bundle.records import ComponentRecord
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import starts_from_image

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sdopt.bundle.manifest import ImageFidelity, QuantizationRecord
+from sdopt.bundle.records import ImageFidelity, QuantizationRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import ArtifactError
 from sdopt.machine.machine_record import EnvironmentRecord

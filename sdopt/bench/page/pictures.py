@@ -14,7 +14,7 @@ from sdopt.bench.case.candidates import ENGINES, Baseline
 from sdopt.bench.case.report import CandidateRecord
 from sdopt.bench.page.summary import shorten
 from sdopt.bench.run import BenchResult
-from sdopt.bundle.manifest import ImageFidelity
+from sdopt.bundle.records import ImageFidelity
 from sdopt.fidelity.drawings import Drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault, map_difference, to_picture
 

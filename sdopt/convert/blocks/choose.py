@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdopt.bundle.manifest import SpeedupRecord
+from sdopt.bundle.records import SpeedupRecord
 from sdopt.model.quantization import Scheme
 
 LEAST_GAIN = 1.02

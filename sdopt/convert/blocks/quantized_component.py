@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from sdopt.bundle.manifest import BlockRecord, QuantizationRecord
+from sdopt.bundle.records import BlockRecord, QuantizationRecord
 from sdopt.convert.blocks.choose import GroupVerdict, Measurement, Outcome, choose_groups, find_loss
 from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, run_trials
 from sdopt.convert.blocks.write import publish_choice

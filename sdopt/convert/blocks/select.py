@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.bundle.damage import record_file
-from sdopt.bundle.manifest import BundleManifest, Verdict, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.records import Verdict
 from sdopt.convert.blocks.calibrate import calibrate
 from sdopt.convert.blocks.choose import harm_of
 from sdopt.convert.blocks.quantized_component import Candidate

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sdopt import progress
-from sdopt.bundle.manifest import SpeedupRecord
+from sdopt.bundle.records import SpeedupRecord
 from sdopt.convert.blocks.recording import Call, read_calls
 from sdopt.convert.blocks.turns import compare_pairs, take_turns
 from sdopt.convert.blocks.write import Stock, write_trial

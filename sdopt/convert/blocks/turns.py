@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import comb
 
-from sdopt.bundle.manifest import SpeedupRecord
+from sdopt.bundle.records import SpeedupRecord
 
 _CONFIDENCE = 0.95
 # With 9 the interval bears one pair that something else disturbed.

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from sdopt.bundle.manifest import PlanAudit
+from sdopt.bundle.records import PlanAudit
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import AuditError
 from sdopt.isolation import JsonTable

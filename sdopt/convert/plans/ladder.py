@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.bundle.manifest import GraphAudit, PlanAudit, PlanRecord
+from sdopt.bundle.records import GraphAudit, PlanAudit, PlanRecord
 from sdopt.bundle.trust import remember_built
 from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan

@@ -16,7 +16,8 @@ from typing import Any
 
 from sdopt import progress
 from sdopt.bundle.damage import bundle_extents
-from sdopt.bundle.manifest import BundleManifest, PlanRecord, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.records import PlanRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
