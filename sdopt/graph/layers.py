@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.model.precision import DType
 
 _PROJECTIONS = (".to_out.0", ".out_proj")

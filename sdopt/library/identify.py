@@ -11,7 +11,7 @@ from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
 from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.weights.safetensors_header import TensorRef
 
 

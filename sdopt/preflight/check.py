@@ -14,7 +14,7 @@ from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import ComponentRecord, Verdict
 from sdopt.bundle.trust import parse_digest, remember_named
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec

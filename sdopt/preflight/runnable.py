@@ -19,7 +19,7 @@ from sdopt.bundle.plan_header import find_contradictions
 from sdopt.bundle.trust import list_untrusted
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, UnsafeInputError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine, find_machine
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.preflight.plan_choice import PlanChoice, choose_plans

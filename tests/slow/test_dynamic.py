@@ -14,7 +14,7 @@ from sdopt.bundle.records import Verdict
 from sdopt.convert.convert import convert
 from sdopt.convert.decide import open_plan
 from sdopt.errors import ShapeError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision

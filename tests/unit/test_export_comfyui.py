@@ -20,7 +20,7 @@ from sdopt.errors import ArtifactError, MissingDependency, UnsafeInputError, Usa
 from sdopt.export.comfyui import engine_file as comfyui
 from sdopt.export.comfyui.engine_file import export_engine, export_graph, find_model_type, name_engine
 from sdopt.export.comfyui.flat_graph import adapt_unet
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent

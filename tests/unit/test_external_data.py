@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from sdopt.errors import ArtifactError, SdoptError, UnsafeInputError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 
 DATA = bytes(64)
 

@@ -25,7 +25,7 @@ from sdopt.backends.open import open_session
 from sdopt.backends.protocol import Session, ShowsKernels
 from sdopt.convert.blocks.write import Stock, find_layers, publish_choice, stock_layers, write_trial
 from sdopt.errors import ExportError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName

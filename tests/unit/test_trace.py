@@ -23,7 +23,7 @@ from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert import graphs
 from sdopt.convert.graphs import TraceJob
 from sdopt.errors import ArtifactError, ExportError, ShapeError
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import ComponentName, describe_component, vae_factor
 from sdopt.model.family import Family

@@ -98,7 +98,7 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     from sdopt.backends.tensorrt.parsed_network import parse_graph
     from sdopt.backends.tensorrt.plan_audit import FUSED_HINT, allow_decomposed_attention, audit_network, judge_plan
     from sdopt.backends.tensorrt.plan_text import count_attention, count_kernels, find_widened, read_kernels
-    from sdopt.graph.audit import check_graph_file
+    from sdopt.graph.external_data import check_graph_file
     from sdopt.graph.scalars import lift_scalars
 
     library = load_library(job.kind)

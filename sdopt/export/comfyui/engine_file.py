@@ -25,7 +25,7 @@ from sdopt.errors import MissingDependency, UsageError
 from sdopt.export.comfyui.flat_graph import adapt_unet
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 from sdopt.export.triton.config import quote
-from sdopt.graph.audit import check_graph_file
+from sdopt.graph.external_data import check_graph_file
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
