@@ -22,8 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.tensor_layout import plan_layout
 
 State = dict[str, Tensor]
 

@@ -20,8 +20,8 @@ from sdopt.disk.files import disk_errors, fsync_folder, hash_file, require_free_
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.tensor_layout import plan_layout
 
 # Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is
 # read.

@@ -19,8 +19,8 @@ from sdopt.disk.files import disk_errors
 from sdopt.errors import CalibrationError
 from sdopt.model.precision import DType
 from sdopt.model.quantization import INT4_BLOCK, Scheme
-from sdopt.weights.tensor_layout import Layout, plan_layout
 from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.tensor_layout import Layout, plan_layout
 from sdopt.weights.to_torch import TORCH_DTYPES, read_tensor
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}

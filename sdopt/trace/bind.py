@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from sdopt.errors import ExportError
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.tensor_layout import plan_layout
 
 WEIGHTS_NAME = "weights.safetensors"
 

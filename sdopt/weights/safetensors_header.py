@@ -20,13 +20,12 @@ from sdopt.model.precision import DType
 
 # The format's own limit; a header of a real checkpoint has some 100 KB.
 _HEADER_LIMIT_BYTES = 100_000_000
-_ALIGNMENT_BYTES = 4096
 
 _DTYPES = {
     "F64": DType.FP64, "F32": DType.FP32, "F16": DType.FP16, "BF16": DType.BF16, "I64": DType.INT64, "I32": DType.INT32,
     "I16": DType.INT16, "I8": DType.INT8, "U8": DType.UINT8, "F8_E4M3": DType.FP8, "BOOL": DType.BOOL,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)

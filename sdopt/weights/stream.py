@@ -24,8 +24,8 @@ from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.tensor_layout import plan_layout
 
 _CHUNK_BYTES = 16 << 20
 _EXPONENT_MASKS: Mapping[DType, tuple[type[np.unsignedinteger], int]] = {

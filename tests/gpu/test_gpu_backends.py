@@ -13,9 +13,13 @@ pytest.register_assert_rewrite("tests.contract.test_backends")
 
 from sdopt.backends.cuda import GpuIdentity  # noqa: E402
 from sdopt.backends.open import probe_backend  # noqa: E402
-from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings
+from sdopt.model.backend_settings import (  # noqa: E402
+    BackendSettings,
+    OnnxRuntimeSettings,
+    TensorRTSettings,
+    TorchSettings,
+)
 from sdopt.model.precision import Precision  # noqa: E402
-from sdopt.model.recipe import TorchSettings  # noqa: E402
 from tests.conftest import TINY_SHAPES  # noqa: E402
 from tests.contract.test_backends import *  # noqa: E402, F403
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.to_torch import TORCH_DTYPES, read_tensor
 
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(

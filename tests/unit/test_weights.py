@@ -17,9 +17,9 @@ import sdopt.weights.stream as weights_module
 from sdopt.errors import CheckpointError, MissingHardware
 from sdopt.isolation import JsonTable, peak_rss_bytes, run_isolated
 from sdopt.model.precision import DType
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import WrittenWeights, storage_layout, write_weights
+from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 

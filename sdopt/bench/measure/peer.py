@@ -19,8 +19,7 @@ _SCHEDULER = "ddim"
 
 
 def run_peer(candidate: Candidate, arguments: JsonTable, timeout_s: float) -> Outcome:
-    """Run a peer once with its own interpreter; `arguments` are those of `sdopt.bench.measure.measure.measure`, and so is the
-    value of the outcome.
+    """Run a peer once with its own interpreter; `arguments` are those of `measure`, and so is the value of the outcome.
 
     Raises `MissingDependency` where that environment lacks the tool, and `SdoptError` for whatever else fails there:
     its interpreter, a crash, the time limit, an answer that is none.

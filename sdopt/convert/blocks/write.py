@@ -21,9 +21,9 @@ from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_laye
 from sdopt.model.precision import DType
 from sdopt.quantize.rounding import QuantizedLayer, write_quantized
 from sdopt.trace.bind import WEIGHTS_NAME, rebind_weights
-from sdopt.weights.tensor_layout import plan_layout
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import storage_layout, write_weights
+from sdopt.weights.tensor_layout import plan_layout
 
 QUANTIZED_NAME = "quantized.safetensors"
 

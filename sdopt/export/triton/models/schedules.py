@@ -1,7 +1,7 @@
 """Euler and DDIM of diffusers, in numpy: the same timesteps, and the same arithmetic in fp32.
 
-Settings are those of `sdopt.export.triton.settings`: the products of alphas come from the checkpoint's own scheduler, so
-that no noise schedule has to be computed here.
+Settings are those of `sdopt.export.triton.settings`: the products of alphas come from the checkpoint's own scheduler,
+so that no noise schedule has to be computed here.
 """
 
 from __future__ import annotations
