@@ -3,8 +3,8 @@
     python benchmarks/gate_simulation.py --json benchmarks/reports/gate-simulation.json \
         --markdown benchmarks/reports/gate-simulation.md
 
-Simulated nights go through the real gate (`sdopt.perf.gate.gate`), run by run, with the verdicts of the nights before. A
-night's time is its series' true time, times the noise of the night (of the whole machine, and of the series),
+Simulated nights go through the real gate (`sdopt.perf.gate.gate`), run by run, with the verdicts of the nights before.
+A night's time is its series' true time, times the noise of the night (of the whole machine, and of the series),
 of the process, and of the sample; all are log-normal. An A/B of the same night shares the night's noise and has its own
 processes and samples. Every seed is fixed: the same table comes out again.
 """
