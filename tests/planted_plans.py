@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.machine.machine_record import GpuRecord
-
 from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.bundle.records import PlanAudit, PlanRecord
 from sdopt.disk.digest import FileRecord
 from sdopt.machine.environment import InstalledLibrary, Machine
 from sdopt.machine.gpus import Gpu
+from sdopt.machine.machine_record import GpuRecord
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from tests.reference_session import make_bundle

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sdopt.machine.machine_record import EnvironmentRecord
 
 from sdopt.bench.case.report import (
     BenchReport,
@@ -29,6 +28,7 @@ from sdopt.bench.case.report import (
 from sdopt.bench.run import BenchResult
 from sdopt.bundle.records import BlockRecord, QuantizationRecord, SpeedupRecord
 from sdopt.fidelity.drawings import Drawing
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sdopt.machine.machine_record import EnvironmentRecord
-
 from sdopt.bench.case.report import Conditions
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.perf.history.fingerprint import fingerprint_of
 from sdopt.perf.history.record import Metric, RunKind, RunRecord, SeriesKey, SeriesRecord
 

@@ -16,12 +16,12 @@ from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
-from sdopt.machine.machine_record import EnvironmentRecord  # fmt: skip
 
 import sdopt
 from sdopt.backends.protocol import MemoryUse, check_inputs
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import ComponentRecord, FidelityRecord, GraphAudit, SourceRecord, Verdict
+from sdopt.machine.machine_record import EnvironmentRecord  # fmt: skip
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component, vae_factor
 from sdopt.model.family import Family, Prediction

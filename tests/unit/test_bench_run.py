@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sdopt.machine.machine_record import EnvironmentRecord
 
 from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
@@ -27,6 +26,7 @@ from sdopt.disk.digest import FileRecord
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.drawings import write_drawing
 from sdopt.isolation import Outcome
+from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdopt.machine.machine_record import GpuRecord
 
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import FidelityRecord, Verdict
@@ -16,6 +15,7 @@ from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.fidelity import verdict as verdict_module
+from sdopt.machine.machine_record import GpuRecord
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
 

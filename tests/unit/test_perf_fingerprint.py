@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sdopt.machine.machine_record import GpuRecord
 
+from sdopt.machine.machine_record import GpuRecord
 from sdopt.perf.history.fingerprint import describe_change, fingerprint_of
 from sdopt.perf.history.history import HistoryContents
 from sdopt.perf.history.nights import find_last_good
