@@ -5,6 +5,7 @@ A candidate that fails, hangs or draws NaN becomes a row with its message, and t
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdopt import progress
-from sdopt.bench.case.candidates import Baseline, Candidate, list_candidates
+from sdopt.bench.case.candidates import ENGINES, Baseline, Candidate, list_candidates
 from sdopt.bench.case.report import (
     BenchReport,
     CandidateKind,
@@ -24,6 +25,7 @@ from sdopt.bench.case.report import (
     MethodRecord,
     ProcessRecord,
     Scope,
+    Stage,
     Status,
 )
 from sdopt.bench.case.suites import SuiteRun
@@ -53,22 +55,29 @@ _ENTRIES = {
     Scope.UNET: "sdopt.bench.measure.unet:measure_unet",
 }
 
+USUAL_REPEATS = 3
+FEW_REPEATS = 2
+"""Fewer leave no interval; of a candidate that is three times as slow, a wide one says all there is to say."""
+_FAR_SLOWER = 3.0
+
 
 @dataclass(frozen=True)
 class BenchRequest:
     """What to measure. Empty `prompts` takes those of the bundle's recipe, or the package's own; `against` of None
     takes the usual baselines of the engines' device; `guidance_scale` of None that of the bundle's recipe.
 
-    `time_limit_s` is for each process; `command` is what the report tells the reader to run, and `suite` the name of
-    the suite that asked. `trust_engines` are SHA-256 of plans that were not built here, or of a `bundle.json`.
-    `peer_python` is the interpreter of another tool's environment. `layers` compares the engines layer by layer, too.
+    `repeats` of None takes `USUAL_REPEATS` processes for each candidate, and `FEW_REPEATS` for one that is far slower
+    than the engines. `time_limit_s` is for each process; `command` is what the report tells the reader to run, and
+    `suite` the name of the suite that asked. `trust_engines` are SHA-256 of plans that were not built here, or of a
+    `bundle.json`. `peer_python` is the interpreter of another tool's environment. `layers` compares the engines with
+    torch layer by layer.
     """
 
     folder: Path
     against: tuple[str, ...] | None = None
     prompts: tuple[str, ...] = ()
     steps: int = 20
-    repeats: int = 3
+    repeats: int | None = None
     time_limit_s: float = 1800.0
     command: str = ""
     trust_engines: tuple[str, ...] = ()
@@ -151,9 +160,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
             request.folder, manifest, request.against, request.peer_python, request.trust_engines
         )
     }
-    order = interleave(list(rows), request.repeats)
-    for position, name in enumerate(order):
-        _run_row(request, scene, rows[name], position, len(order))
+    order = _run_rows(request, scene, rows)
     roof = find_roof(request.folder, manifest, request.time_limit_s)
     origins = _measure_origins(request, manifest, rows, work)
     compared = _compare_pictures(request, manifest, scene, rows, work)
@@ -168,7 +175,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
         roofline=roof.roofline,
         plugins=dict(compared.figures.plugins),
         audits={name: audits for name, row in rows.items() if (audits := describe_audits(row.candidate))},
-        notes=(*roof.notes, *origins.notes, *compared.notes),
+        notes=(*_note_repeats(request, rows), *roof.notes, *origins.notes, *compared.notes),
     )
     return BenchResult(report, compared.drawings, compared.reference)
 
@@ -212,6 +219,45 @@ def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) 
 def interleave(names: Sequence[str], repeats: int) -> list[str]:
     """A B C, C B A, A B C, …: what drifts (heat, neighbours) falls on every candidate alike."""
     return [name for repeat in range(repeats) for name in (names if repeat % 2 == 0 else reversed(names))]
+
+
+def _run_rows(request: BenchRequest, scene: Scene, rows: Mapping[str, _Row]) -> list[str]:
+    """Run every candidate as often as was asked for; returns their names in the order of the processes.
+
+    Where nothing was asked for, the first round says what a picture costs, and the counts are chosen from that.
+    """
+    order: list[str] = []
+    planned = interleave(list(rows), request.repeats or USUAL_REPEATS)
+    for name in planned:
+        if request.repeats is None and order.count(name) >= FEW_REPEATS and _is_far_slower(request, rows, name):
+            continue
+        _run_row(request, scene, rows[name], len(order), len(planned))
+        order.append(name)
+    return order
+
+
+def _is_far_slower(request: BenchRequest, rows: Mapping[str, _Row], name: str) -> bool:
+    """By the medians of the first processes, each candidate's against that of the engines."""
+    engines_ns, candidate_ns = (_first_median_ns(request, rows[each]) for each in (ENGINES, name))
+    return engines_ns is not None and candidate_ns is not None and candidate_ns > _FAR_SLOWER * engines_ns
+
+
+def _first_median_ns(request: BenchRequest, row: _Row) -> float | None:
+    stage = Stage.UNET_STEP if request.scope is Scope.UNET else Stage.END_TO_END
+    samples_ns = row.processes[0].samples_ns.get(stage, ()) if row.processes else ()
+    return statistics.median(samples_ns) if samples_ns else None
+
+
+def _note_repeats(request: BenchRequest, rows: Mapping[str, _Row]) -> tuple[str, ...]:
+    """Which candidates had fewer processes than the others, and why."""
+    if request.repeats is not None:
+        return ()
+    few = [row for row in rows.values() if row.status is Status.OK and len(row.processes) < USUAL_REPEATS]
+    return tuple(
+        f"{row.candidate.label} was measured in {len(row.processes)} processes instead of {USUAL_REPEATS}: it is more "
+        f"than {_FAR_SLOWER:.0f} times as slow as the engines. --repeats {USUAL_REPEATS} measures all alike"
+        for row in few
+    )
 
 
 def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int) -> None:
@@ -309,8 +355,8 @@ def _draw_reference(
 
 def _describe_method(request: BenchRequest, order: Sequence[str]) -> MethodRecord:
     return MethodRecord(
-        repeats=request.repeats, time_limit_s=request.time_limit_s, order=tuple(order), command=request.command,
-        suite=request.suite, **asdict(request.effort),
+        repeats=request.repeats or USUAL_REPEATS, time_limit_s=request.time_limit_s, order=tuple(order),
+        command=request.command, suite=request.suite, **asdict(request.effort),
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--suite", metavar="NAME", help="What to measure: a file of configs/suites, or a path. Other options override it."
 )
-@click.option("--repeats", type=click.IntRange(1, 100), help="Processes for each candidate.  [default: 3]")
+@click.option("--repeats", type=click.IntRange(1, 100), help="Processes for each candidate.  [default: 3, "
+              "and 2 for one more than three times as slow as the engines]")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the scheduler.  [default: 20]")
 @click.option(
     "--prompt", "prompts", multiple=True, help="What to draw; several times for several.  [default: the bundle's]"

@@ -75,6 +75,7 @@ class FakeProcesses:
         self.launched: list[str] = []
         self.targets: set[str] = set()
         self._failures, self._nan = failures, nan
+        self.times_slower: dict[str, int] = {}
 
     def run(self, target: str, arguments: dict[str, Any], timeout_s: float) -> Outcome:
         if target.startswith("sdopt.bench.measure.roofline"):
@@ -88,7 +89,10 @@ class FakeProcesses:
         if arguments["output"]:
             shift = float("nan") if name == self._nan else 0.02 * (name == "engines")
             write_drawing(make_drawing(len(PROMPTS), shift), Path(arguments["output"]))
-        values = make_process(0, (100, 110)).model_dump(mode="json", exclude={"position", "peak_rss_bytes"})
+        slower = self.times_slower.get(name, 1)
+        values = make_process(0, (100 * slower, 110 * slower)).model_dump(
+            mode="json", exclude={"position", "peak_rss_bytes"}
+        )
         values["conditions"] = {"clock_steps": 1, "throttled": 0}
         return Outcome(values | {"scheduler": "PLMS"}, 400_000_000, 3 * MS)
 
@@ -113,9 +117,10 @@ class FakeProcesses:
 
 def run_fakes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: dict[str, SdoptError], against: str, *, nan: str = "",
-    **request: Any,
+    times_slower: dict[str, int] | None = None, **request: Any,
 ) -> tuple[BenchResult, FakeProcesses]:  # fmt: skip
     fakes = FakeProcesses(failures, nan)
+    fakes.times_slower = times_slower or {}
     machine = EnvironmentRecord(sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={})
     for module in (run_module, roofline_module):
         monkeypatch.setattr(module, "run_isolated", fakes.run)
@@ -130,6 +135,26 @@ def run_fakes(
         monkeypatch.setattr(module, "hash_file", lambda path: "cd" * 32)
     monkeypatch.setattr(run_module, "describe_machine", lambda: machine)
     return run_bench(BenchRequest(tmp_path, parse_against(against), **{"repeats": 2} | request), tmp_path), fakes
+
+
+@pytest.mark.parametrize("repeats", [None, 3])
+def test_what_is_far_slower_has_fewer_processes_and_a_note_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repeats: int | None
+) -> None:
+    slower = {"torch-fp32": 2, "torch-bf16": 4}
+    result, _ = run_fakes(
+        monkeypatch, tmp_path, {}, "eager-fp32,eager-bf16", times_slower=slower, repeats=repeats
+    )  # fmt: skip
+    report = result.report
+    counts = {candidate.name: len(candidate.processes) for candidate in report.candidates}
+    assert counts == {"engines": 3, "eager-fp32": 3, "eager-bf16": 3 if repeats else 2}
+    assert {name: report.method.order.count(name) for name in counts} == counts
+    assert [process.position for process in report.candidates[0].processes] == [
+        place for place, name in enumerate(report.method.order) if name == "engines"
+    ]
+    said = [note for note in report.notes if "2 processes instead of 3" in note]
+    assert len(said) == (0 if repeats else 1)
+    assert all("torch eager bf16" in note.lower() for note in said)
 
 
 def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
