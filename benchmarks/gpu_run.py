@@ -41,12 +41,12 @@ from sdopt.fidelity.candidate import dump_settings
 from sdopt.fidelity.drawings import draw_isolated, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.fidelity.verdict import compare_drawings, format_psnr
-from sdopt.isolation import run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.pipeline.load import component_files
+from sdopt.processes.call import call_by_name
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _TINY = _REPOSITORY / "sdopt" / "assets" / "tiny-shapes"
@@ -199,7 +199,7 @@ class Run:
             "effort": asdict(Effort(least_pictures=2, most_pictures=6, picture_budget_s=4.0)),
             "launched_ns": time.monotonic_ns(),
         }  # fmt: skip
-        outcome = run_isolated("sdopt.bench.measure.measure:measure", arguments, timeout_s=self.deadline.take())
+        outcome = call_by_name("sdopt.bench.measure.measure:measure", arguments, timeout_s=self.deadline.take())
         samples = {Stage(stage): times for stage, times in outcome.value["samples_ns"].items()}
         row.stages_ms = {stage: statistics.median(samples[stage]) / 1e6 for stage in _STAGES if stage in samples}
         row.pictures_per_s = 1e3 / row.stages_ms[Stage.END_TO_END]

@@ -28,11 +28,11 @@ from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.convert.plans.ladder import MALLOC_ENVIRONMENT
 from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
-from sdopt.isolation import run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme, parse_quantization
+from sdopt.processes.call import call_by_name
 
 _LIMIT_S, _LIMIT_PLAN_BYTES, _LIMIT_RSS_BYTES = 20.0, 950e6, 3.5e9
 _AMAX = 4.0
@@ -75,7 +75,7 @@ def main(bundle: Path, source: str, generation: str, json_path: Path | None) -> 
             memory_limit_bytes=None, timing_cache=None, quantized=quantized,
         )  # fmt: skip
         started = time.monotonic()
-        outcome = run_isolated(
+        outcome = call_by_name(
             "sdopt.convert.plans.build:build_in_child",
             JOB.dump_python(job, mode="json"),
             environment=MALLOC_ENVIRONMENT,

@@ -22,10 +22,11 @@ import click
 
 from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
+from sdopt.processes.call import How, call
+from sdopt.processes.channel import JsonTable
 
 _INT8 = "int8"
 _RATIOS = {"16 bits": 1.6, "torch eager fp32": 3.8}
@@ -83,7 +84,7 @@ def main(quantized: Path, base: Path, json_path: Path | None) -> None:
         for name in [*candidates, *reversed(candidates)]:
             folder, settings = candidates[name]
             arguments = {"folder": str(folder), "settings": dump_settings(settings), "output": str(outputs[name])}
-            outcome = run_isolated("benchmarks.int8_step:time_in_child", arguments)
+            outcome = call(time_in_child, arguments, how=How.FRESH)
             samples[name] += outcome.value["samples_ns"]
             peaks[name] = max(peaks.get(name, 0), outcome.peak_rss_bytes)
             print(f"{name}: {[round(s / 1e9, 2) for s in outcome.value['samples_ns']]} s", file=sys.stderr, flush=True)

@@ -35,9 +35,9 @@ from sdopt.convert.decide import open_plan
 from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.convert.plans.ladder import MALLOC_ENVIRONMENT, STAGE, make_plans
 from sdopt.disk.store import Store
-from sdopt.isolation import run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
+from sdopt.processes.call import call_by_name
 
 _BUDGETS = {"sd15": (30.0, 5.7), "sdxl": (None, None)}
 _UNET_BUDGETS = {"sd15": (None, None), "sdxl": (60.0, 16.0)}
@@ -145,7 +145,7 @@ def build_unet_of(bundle: Path) -> None:
         memory_limit_bytes=None, timing_cache=None,
     )  # fmt: skip
     started = time.monotonic()
-    run_isolated(
+    call_by_name(
         "sdopt.convert.plans.build:build_in_child", JOB.dump_python(job, mode="json"), environment=MALLOC_ENVIRONMENT
     )
     note_stage(time.monotonic() - started)

@@ -19,11 +19,12 @@ import click
 
 from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import dump_settings, parse_settings
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.processes.call import How, call
+from sdopt.processes.channel import JsonTable
 
 _BUDGETS = {"torch eager fp32": 2.4, "torch eager bf16": 1.35}
 _WARM_UP, _TIMED = 2, 3
@@ -70,7 +71,7 @@ def main(folder: Path, json_path: Path | None) -> None:
     peaks: dict[str, int] = {}
     for name in [*candidates, *reversed(candidates)]:
         arguments = {"folder": str(folder), "settings": dump_settings(candidates[name])}
-        outcome = run_isolated("benchmarks.unet_step:time_in_child", arguments)
+        outcome = call(time_in_child, arguments, how=How.FRESH)
         samples[name] += outcome.value["samples_ns"]
         peaks[name] = max(peaks.get(name, 0), outcome.peak_rss_bytes)
         print(f"{name}: {[round(s / 1e9, 2) for s in outcome.value['samples_ns']]} s", file=sys.stderr, flush=True)

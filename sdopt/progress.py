@@ -1,8 +1,12 @@
-"""How far long work is. Anything may call `update`; who shows it, and how, is decided once, by the command line."""
+"""How far long work is. Anything may call `update`; who shows it, and how, is decided by whoever started the job.
+
+Who shows it belongs to the context: two jobs in two threads of one process do not mix.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,22 +21,21 @@ def _silent(text: str, share: float) -> None:
     del text, share
 
 
-_sink: Sink = _silent
+_sink: contextvars.ContextVar[Sink] = contextvars.ContextVar("sink", default=_silent)
 
 
 def update(text: str, share: float) -> None:
     """Tell how far the work named `text` is: `share` of 0 to 1. Cheap; call it as often as is natural."""
-    _sink(text, min(1.0, max(0.0, share)))
+    _sink.get()(text, min(1.0, max(0.0, share)))
 
 
 @contextlib.contextmanager
 def shown_by(sink: Sink) -> Iterator[None]:
-    global _sink
-    before, _sink = _sink, sink
+    token = _sink.set(sink)
     try:
         yield
     finally:
-        _sink = before
+        _sink.reset(token)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ import torch
 
 from sdopt.backends.protocol import ComponentFiles, DeviceMemory, MemoryUse, check_inputs
 from sdopt.errors import BackendError
-from sdopt.isolation import peak_rss_bytes
 from sdopt.model.component import ComponentSpec
 from sdopt.model.shape import Extent
+from sdopt.processes.child import peak_rss_bytes
 
 
 class EngineSession(ABC):

@@ -44,11 +44,12 @@ from sdopt.fidelity.metrics import PictureFault, find_fault
 from sdopt.fidelity.perceptual.local_weights import PerceptualWeights
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
-from sdopt.isolation import JsonTable, Outcome, run_isolated
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.preflight.runnable import require_sound, require_trusted
+from sdopt.processes.call import How, Outcome, call_by_name
+from sdopt.processes.channel import JsonTable
 
 _ENTRIES = {
     Scope.PICTURES: "sdopt.bench.measure.measure:measure",
@@ -296,13 +297,13 @@ def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, coun
         row.status, row.message = Status.FAILED, "the picture has NaN or Inf in it"
 
 
-def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -> Outcome:
+def _launch(candidate: Candidate, arguments: JsonTable, request: BenchRequest) -> Outcome[JsonTable]:
     arguments["launched_ns"] = time.monotonic_ns()
     if candidate.kind is CandidateKind.PEER:
         from sdopt.bench.measure.peer import run_peer
 
         return run_peer(candidate, arguments, request.time_limit_s)
-    return run_isolated(_ENTRIES[request.scope], arguments, timeout_s=request.time_limit_s)
+    return call_by_name(_ENTRIES[request.scope], arguments, how=How.FRESH, timeout_s=request.time_limit_s)
 
 
 def _drew_nan(path: Path) -> bool:

@@ -18,8 +18,9 @@ from typing import IO, Any
 from sdopt.checkpoint.cache import open_cache_folder
 from sdopt.disk.files import disk_errors, fsync_folder, hash_file, require_free_disk
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.precision import DType
+from sdopt.processes.call import How, call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.tensor_layout import plan_layout
 
@@ -73,10 +74,11 @@ def convert_pickle(path: Path) -> Path:
         os.close(descriptor)
     temporary = Path(name)
     try:
-        run_isolated(
-            "sdopt.checkpoint.pickle_sandbox:convert_in_sandbox",
+        call(
+            convert_in_sandbox,
             {"source": str(path.resolve()), "shown": str(path), "target": str(temporary)},
             timeout_s=_BASE_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S,
+            how=How.FRESH,
             memory_limit_bytes=_BASE_LIMIT_BYTES + _LIMIT_PER_BYTE * size_bytes,
         )
         read_header(temporary)

@@ -13,7 +13,6 @@ import rich_click as click
 from sdopt._version import __version__
 from sdopt.cli.text import neutralise
 from sdopt.errors import SdoptError
-from sdopt.isolation import kill_children
 
 _INTERRUPTED = 130
 
@@ -68,7 +67,6 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        kill_children()
         print("interrupted; what is done is kept, run the same command to go on", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

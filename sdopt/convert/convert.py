@@ -35,10 +35,10 @@ from sdopt.disk.files import require_free_disk, write_file
 from sdopt.disk.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.disk.store import Store, cache_root
 from sdopt.errors import ArtifactError, ExportError
-from sdopt.isolation import kill_children
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import QuantizationSettings
+from sdopt.processes.nursery import current_nursery, own_nursery, submit_in_context
 from sdopt.trace.bind import WEIGHTS_NAME
 from sdopt.weights.stream import write_weights
 
@@ -60,7 +60,7 @@ def convert(plan: BuildPlan, output: Path) -> BundleManifest:
         require_runtimes(plan)
     if plan.recipe.target.runtime.makes_plans:
         require_builder(plan)
-    with locked(output, cache):
+    with own_nursery(), locked(output, cache):
         if (finished := find_finished(plan, output)) is not None:
             return finished
         weights_bytes = sum(part.weights_bytes for part in plan.components.values())
@@ -115,7 +115,7 @@ def _make_weights_and_graphs(
 ) -> dict[ComponentName, FileRecord]:
     """Trace in a child while this process copies the weights: one is bound by the processor, the other by the disk."""
     with ThreadPoolExecutor(1) as background:
-        tracing = background.submit(trace_missing, plan, store, cache)
+        tracing = submit_in_context(background, trace_missing, plan, store, cache)
         # Inside: the pool waits for its thread when it is left, and the thread waits for the child.
         with _children_ended_on_error():
             weights = {name: _make_weights(plan, name, staging) for name in plan.components}
@@ -129,7 +129,7 @@ def _children_ended_on_error() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        kill_children()
+        current_nursery().kill()
         raise
 
 

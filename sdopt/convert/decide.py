@@ -14,10 +14,11 @@ from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.convert.vae_precision import choose_vae_precisions
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
 from sdopt.model.recipe import BuildRecipe
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
 _TENSORS = TypeAdapter(dict[str, TensorRef])
@@ -41,7 +42,7 @@ def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:
     unet = checkpoint.components[ComponentName.UNET]
     progress.update("finding out what the UNet predicts", 0.0)
     tensors = _TENSORS.dump_python(dict(unet.tensors), mode="json")
-    outcome = run_isolated("sdopt.convert.decide:probe_in_child", {"config": dict(unet.config), "tensors": tensors})
+    outcome = call(probe_in_child, {"config": dict(unet.config), "tensors": tensors})
     prediction = Prediction(outcome.value["prediction"])
     # The reader of a single file gives the size of the published models that predict the velocity.
     config = {**unet.config, "sample_size": sample_size(checkpoint.family, prediction)}

@@ -13,11 +13,12 @@ from sdopt import progress
 from sdopt.bundle.records import GraphAudit
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.store import Store
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.stream import storage_layout
 
 STAGE = "graph"
@@ -57,7 +58,7 @@ def trace_missing(plan: BuildPlan, store: Store, cache: Path) -> int | None:
         return None
     jobs = [_describe_job(plan, name) for name in missing]
     arguments = {"cache": str(cache), "jobs": _JOBS.dump_python(jobs, mode="json")}
-    return run_isolated("sdopt.convert.graphs:trace_in_child", arguments).peak_rss_bytes
+    return call(trace_in_child, arguments).peak_rss_bytes
 
 
 def _describe_job(plan: BuildPlan, name: ComponentName) -> TraceJob:

@@ -18,12 +18,13 @@ from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store
 from sdopt.errors import MissingDependency, ParityError
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
 STAGE = "parity"
@@ -141,8 +142,8 @@ def _measure(
         "jobs": _JOBS.dump_python(jobs, mode="json"),
         "work": str(work),
     }
-    run_isolated("sdopt.convert.parity:run_torch_in_child", arguments)
-    outcome = run_isolated("sdopt.convert.parity:run_engines_in_child", arguments)
+    call(run_torch_in_child, arguments)
+    outcome = call(run_engines_in_child, arguments)
     return {name: ParityRecord.model_validate(outcome.value[name]) for name in names}
 
 

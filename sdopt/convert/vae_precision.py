@@ -29,10 +29,11 @@ from sdopt.disk.store import Store, cache_root
 from sdopt.fidelity.metrics import compute_psnr, to_picture
 from sdopt.fidelity.scene import paint_image
 from sdopt.fidelity.verdict import LIMITS
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _find_or_measure(plan: BuildPlan) -> dict[ComponentName, HalfMeasurement]:
         return _MEASURED.validate_json((folder / _RECORD_NAME).read_bytes())
     progress.update("looking how large the VAE's values get", 0.0)
     arguments = _JOB.dump_python(describe_job(plan), mode="json")
-    outcome = run_isolated("sdopt.convert.vae_precision:measure_in_child", arguments)
+    outcome = call(measure_in_child, arguments)
     store.put(STAGE, key, {_RECORD_NAME: json.dumps(outcome.value).encode()})
     return _MEASURED.validate_python(outcome.value)
 

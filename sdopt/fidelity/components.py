@@ -17,10 +17,11 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import ParityRecord
 from sdopt.errors import ShapeError
 from sdopt.fidelity.candidate import dump_settings, parse_settings
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from sdopt.backends.protocol import ComponentFiles
@@ -49,7 +50,7 @@ def run_reference_components(
     arguments = {
         "folder": str(folder), "manifest": manifest.model_dump_json(), "names": list(names), "outputs": str(outputs),
     }  # fmt: skip
-    run_isolated("sdopt.fidelity.components:run_torch", arguments, timeout_s=timeout_s)
+    call(run_torch, arguments, timeout_s=timeout_s)
 
 
 def measure_components(
@@ -71,7 +72,7 @@ def measure_components(
         "outputs": str(outputs),
         "label": label,
     }
-    outcome = run_isolated("sdopt.fidelity.components:run_candidate", arguments, timeout_s=timeout_s)
+    outcome = call(run_candidate, arguments, timeout_s=timeout_s)
     return {ComponentName(name): ComponentError(**values) for name, values in outcome.value.items()}
 
 

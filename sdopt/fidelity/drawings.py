@@ -17,9 +17,10 @@ from sdopt import progress
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
 from sdopt.fidelity.scene import Scene
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.family import Family
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,7 +62,7 @@ def draw_isolated(
         "output": str(output),
         "label": label,
     }
-    run_isolated("sdopt.fidelity.drawings:draw", arguments, timeout_s=timeout_s)
+    call(draw, arguments, timeout_s=timeout_s)
     return read_drawing(output)
 
 

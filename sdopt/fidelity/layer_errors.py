@@ -27,7 +27,6 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import ComponentRecord
 from sdopt.disk.files import disk_errors, require_free_disk
 from sdopt.fidelity.candidate import dump_settings, parse_settings
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,
@@ -38,6 +37,8 @@ from sdopt.model.backend_settings import (
 )
 from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.precision import DType, Precision
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +91,8 @@ def compare_layers(
         "peer": None if record.precision is Precision.FP32 else Precision.BF16.value,
     }
     try:
-        peer = run_isolated("sdopt.fidelity.layer_errors:record_torch", arguments, timeout_s=timeout_s).value
-        errors = run_isolated("sdopt.fidelity.layer_errors:run_graph", arguments, timeout_s=timeout_s).value
+        peer = call(record_torch, arguments, timeout_s=timeout_s).value
+        errors = call(run_graph, arguments, timeout_s=timeout_s).value
     finally:
         shutil.rmtree(place)
     tolerances = find_tolerances(record, [peer.get(layer) for layer in errors])

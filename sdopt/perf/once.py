@@ -17,8 +17,8 @@ from sdopt.bench.case.suites import SuiteRun
 from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
-from sdopt.isolation import JsonTable
 from sdopt.perf.night.worktree import require_tree
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from sdopt.bench.run import BenchRequest

@@ -28,11 +28,12 @@ from sdopt.convert.decide import open_plan
 from sdopt.errors import ArtifactError, FidelityError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.graph.qdq import LayerChoice
-from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
 from sdopt.model.recipe import parse_recipe
+from sdopt.processes.call import Outcome
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import read_header
 from tests.conftest import TINY_SHAPES
 
@@ -160,8 +161,8 @@ def plant_outliers(target: Path) -> None:
 def slow_trials(patch: pytest.MonkeyPatch) -> None:
     """Trials run in this process, and those with the slowed block have work in their graph that changes nothing."""
 
-    def run_here(target: str, arguments: JsonTable) -> Outcome:
-        assert target.endswith(":measure_in_child")
+    def run_here(function: object, arguments: JsonTable) -> Outcome[JsonTable]:
+        assert function is trials.measure_in_child
         return Outcome(trials.measure_in_child(arguments), 0, 0)
 
     def write_slow(stock: variants.Stock, layers: Mapping[str, LayerChoice], name: str) -> None:
@@ -169,7 +170,7 @@ def slow_trials(patch: pytest.MonkeyPatch) -> None:
         if any(layer.startswith(f"{SLOWED.split()[0]}.attentions") for layer in layers):
             add_work(stock.folder / name)
 
-    patch.setattr(trials, "run_isolated", run_here)
+    patch.setattr(trials, "call", run_here)
     patch.setattr(trials, "write_trial", write_slow)
 
 

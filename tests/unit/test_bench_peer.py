@@ -22,7 +22,7 @@ from sdopt.bench.measure.steady import Effort
 from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.scene import Scene, write_scene
-from sdopt.isolation import JsonTable
+from sdopt.processes.channel import JsonTable
 from tests.reference_session import make_bundle
 
 ANSWER = 'import json, sys\njob = json.load(sys.stdin)\nprint(json.dumps({"value": job, "peak_rss_bytes": 7}))'
@@ -72,10 +72,10 @@ def test_it_is_asked_for_the_same_scene(bundle: tuple[Path, BundleManifest], tmp
     [
         ("import sys; sys.exit('no such luck')", "no such luck"),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
-        ("print('Welcome!')", "something else than a message: 'Welcome!'"),
-        ("print('[1]')", "something else"),
-        ("print('{\"value\": {}}')", "something else"),
-        ("import sys; sys.stdout.buffer.write(b'\\xff\\n')", "something else"),
+        ("print('Welcome!')", "not a message of the protocol: 'Welcome!'"),
+        ("print('[1]')", "not a message"),
+        ("print('{\"value\": {}}')", "not a message"),
+        ("import sys; sys.stdout.buffer.write(b'\\xff\\n')", "not a message"),
         ('print(\'{"error": "", "message": "out of luck", "hint": ""}\')', "out of luck"),
         ("", "ended with exit code 0"),
     ],

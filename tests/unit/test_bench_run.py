@@ -25,13 +25,13 @@ from sdopt.bundle.records import GraphAudit
 from sdopt.disk.digest import FileRecord
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.drawings import write_drawing
-from sdopt.isolation import Outcome
 from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import VerifySettings
 from sdopt.model.shape import ShapeProfile
+from sdopt.processes.call import How, Outcome
 from tests.planted_reports import MS, make_drawing, make_process
 
 PROMPTS = ("a circle", "a star")
@@ -77,9 +77,10 @@ class FakeProcesses:
         self._failures, self._nan = failures, nan
         self.times_slower: dict[str, int] = {}
 
-    def run(self, target: str, arguments: dict[str, Any], timeout_s: float) -> Outcome:
-        if target.startswith("sdopt.bench.measure.roofline"):
+    def run(self, target: Any, arguments: dict[str, Any], timeout_s: float, how: How = How.WARM) -> Outcome[Any]:
+        if target is roofline_module.measure_roofline:
             return self._measure_roofline()
+        assert how is How.FRESH  # its import and cold start are measured
         settings = arguments["settings"]
         name = "engines" if settings is None else f"torch-{settings['precision']}"
         self.launched.append(name)
@@ -102,7 +103,7 @@ class FakeProcesses:
         found = {candidate.name: {ComponentName.UNET: error} for candidate in ran if candidate.name not in messages}
         return ErrorTables(found, messages)
 
-    def _measure_roofline(self) -> Outcome:
+    def _measure_roofline(self) -> Outcome[Any]:
         if "roofline" in self._failures:
             raise self._failures["roofline"]
         record = {"device": "cpu", "precision": "fp32", "flops_per_s": 1e11, "copy_bytes_per_s": 1e10}
@@ -122,8 +123,8 @@ def run_fakes(
     fakes = FakeProcesses(failures, nan)
     fakes.times_slower = times_slower or {}
     machine = EnvironmentRecord(sdopt="0", python="3", system="", processor="", cpu_features=(), libraries={})
-    for module in (run_module, roofline_module):
-        monkeypatch.setattr(module, "run_isolated", fakes.run)
+    monkeypatch.setattr(run_module, "call_by_name", fakes.run)
+    monkeypatch.setattr(roofline_module, "call", fakes.run)
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
     monkeypatch.setattr(run_module, "read_manifest", lambda folder: make_manifest())
     monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk

@@ -22,11 +22,12 @@ from sdopt.convert.blocks.trajectories import Trajectories
 from sdopt.convert.plan import BuildPlan, ComponentPlan, resolve_build
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError
-from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
 from sdopt.model.recipe import BuildRecipe
 from sdopt.networks.modules import build_network
+from sdopt.processes.call import Outcome
+from sdopt.processes.channel import JsonTable
 from sdopt.quantize.observers import BINS, Histogram
 from sdopt.quantize.scales import LayerScales, collect_scales, find_amax, find_smoothing
 from sdopt.weights.to_torch import load_weights
@@ -284,12 +285,12 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
 def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     started: list[JsonTable] = []
 
-    def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.convert.blocks.calibrate:calibrate_in_child"
+    def run(function: object, arguments: JsonTable) -> Outcome[JsonTable]:
+        assert function is calibrate_in_child
         started.append(arguments)
         return Outcome(calibrate_in_child(arguments), 0, 0)
 
-    monkeypatch.setattr(stage, "run_isolated", run)
+    monkeypatch.setattr(stage, "call", run)
     return started
 
 

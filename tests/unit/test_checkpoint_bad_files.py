@@ -21,9 +21,9 @@ from sdopt.checkpoint.pickle_sandbox import convert_pickle
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
 from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
-from sdopt.isolation import run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
+from sdopt.processes.call import call_by_name
 from sdopt.weights.safetensors_header import read_header
 from tests.checkpoints import make_model, read_tensor, small_recipe, to_original, write_hollow_file, write_single_file
 
@@ -233,7 +233,7 @@ def test_tensors_of_every_layout_survive_the_sandbox(tmp_path: Path, monkeypatch
 def test_the_hook_refuses_programs_sockets_and_writing(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
     arguments = {"planted": str(tmp_path / "planted"), "kept": str(tmp_path / "kept")}
-    outcome = run_isolated("tests.sandbox_escape:try_to_escape", arguments)
+    outcome = call_by_name("tests.sandbox_escape:try_to_escape", arguments)
     assert outcome.value == {"escaped": [], "read": "kept"}
     assert not (tmp_path / "planted").exists()
 

@@ -59,5 +59,5 @@ def test_pure_data_and_artifacts_are_light() -> None:
         "for package in (sdopt.model, sdopt.artifacts):\n"
         "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"
-        "import sdopt.isolation, sdopt.progress, sdopt.errors"
+        "import sdopt.processes.call, sdopt.progress, sdopt.errors"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from sdopt.fidelity import layer_errors as layers
 from sdopt.fidelity.layer_errors import _measure_error, compare_layers, split_runs
 from sdopt.graph.layers import list_layer_values
 from sdopt.graph.qdq import LayerChoice, insert_qdq
-from sdopt.isolation import Outcome
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
 from sdopt.networks.modules import build_network, tensor_names
+from sdopt.processes.call import Outcome
 
 _BF16 = OpenVINOSettings(inference_precision=Precision.BF16)
 _needs_bf16 = pytest.mark.skipif(
@@ -36,11 +35,10 @@ _needs_bf16 = pytest.mark.skipif(
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children's entries in this process: importing torch takes longer than what they do."""
 
-    def call(target: str, arguments: dict[str, Any], **_: Any) -> Outcome:
-        module, _, name = target.partition(":")
-        return Outcome(getattr(importlib.import_module(module), name)(arguments), 0, 0)
+    def call(function: Callable[[Any], Any], arguments: dict[str, Any], **_: Any) -> Outcome[Any]:
+        return Outcome(function(arguments), 0, 0)
 
-    monkeypatch.setattr(layers, "run_isolated", call)
+    monkeypatch.setattr(layers, "call", call)
 
 
 def _run_on(manifest: BundleManifest, backend: BackendSettings, precision: Precision) -> BundleManifest:

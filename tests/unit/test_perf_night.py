@@ -15,7 +15,6 @@ from sdopt.bench.case.report import Conditions, ProcessRecord, Stage, Status, wr
 from sdopt.bench.case.suite import Suite, SuiteCase, SuiteMethod
 from sdopt.bench.case.suites import expand
 from sdopt.errors import ArtifactError, BackendError, ExportError, UsageError
-from sdopt.isolation import JsonTable
 from sdopt.perf import judge_run as judge
 from sdopt.perf.gate import confirm
 from sdopt.perf.gate.confirm import Side, measure_pairs, share_time
@@ -27,6 +26,7 @@ from sdopt.perf.night import nightly
 from sdopt.perf.night.nightly import Bundle, Night, find_job, measure_suite, read_night, write_night
 from sdopt.perf.night.series import list_failures, list_series, merge_conditions
 from sdopt.perf.night.worktree import Tree
+from sdopt.processes.channel import JsonTable
 from tests.planted_reports import make_report
 from tests.planted_runs import make_key, make_nights, make_run
 

@@ -30,15 +30,23 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two commits of a package `sdopt` whose `perf.once` answers 1 and 2; isolation and errors are the real ones."""
+    """Two commits of a package `sdopt` whose `perf.once` answers 1 and 2; processes and errors are the real ones.
+
+    In the older one the child's entry is where it was once: `sdopt.isolation`.
+    """
     monkeypatch.setenv("SDOPT_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "repository"
     package, real = root / "sdopt", Path(sdopt.__file__).parent
     (package / "perf").mkdir(parents=True)
-    for name in ("__init__.py", "_version.py", "errors.py", "isolation.py", "progress.py", "perf/__init__.py"):
+    processes = [f"processes/{path.name}" for path in (real / "processes").glob("*.py")]
+    (package / "processes").mkdir()
+    for name in ("__init__.py", "_version.py", "errors.py", "progress.py", "perf/__init__.py", *processes):
         (package / name).write_bytes((real / name).read_bytes())
     git(tmp_path, "init", "--quiet", "-b", "main", str(root))
+    (package / "processes" / "child.py").rename(package / "isolation.py")
     for value in (1, 2):
+        if value == 2:
+            (package / "isolation.py").rename(package / "processes" / "child.py")
         (package / "perf" / "once.py").write_text(ANSWER.replace("VALUE", str(value)))
         git(root, "add", ".")
         git(root, "commit", "--quiet", "-m", f"answers {value}")

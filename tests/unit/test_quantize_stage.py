@@ -41,13 +41,13 @@ from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
-from sdopt.isolation import JsonTable
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import ComponentQuantization, Scheme
 from sdopt.model.recipe import parse_recipe
+from sdopt.processes.channel import JsonTable
 from tests.conftest import TINY_SHAPES
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
@@ -519,7 +519,8 @@ def make_job(cache: Path, trials: list[Trial]) -> TrialJob:
 def test_trials_that_were_interrupted_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, asked = Store(tmp_path), []
 
-    def run_isolated(target: str, arguments: JsonTable, killed_after: int = 9) -> None:
+    def call_here(function: Any, arguments: JsonTable, killed_after: int = 9) -> None:
+        assert function is trials_module.measure_in_child
         job = trials_module._JOB.validate_python(arguments)
         assert job.runtime == OpenVINOSettings()
         asked.append([trial.label for trial in job.trials])
@@ -532,10 +533,10 @@ def test_trials_that_were_interrupted_go_on_where_they_stopped(tmp_path: Path, m
             store.put(trials_module.STAGE, trial.key, {"measured.json": record.model_dump_json().encode()})
 
     job = make_job(tmp_path, [make_trial(number) for number in range(4)])
-    monkeypatch.setattr(trials_module, "run_isolated", lambda *arguments: run_isolated(*arguments, killed_after=2))
+    monkeypatch.setattr(trials_module, "call", lambda *arguments: call_here(*arguments, killed_after=2))
     with pytest.raises(KeyboardInterrupt):
         run_trials(job)
-    monkeypatch.setattr(trials_module, "run_isolated", run_isolated)
+    monkeypatch.setattr(trials_module, "call", call_here)
     assert {key[0]: record.error for key, record in run_trials(job).items()} == {
         "0": 0.0, "1": 0.01, "2": 0.02, "3": 0.03,
     }  # fmt: skip

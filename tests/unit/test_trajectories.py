@@ -21,11 +21,12 @@ from sdopt.convert.blocks.trajectories import (
 )
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, RecipeError
-from sdopt.isolation import JsonTable, Outcome
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.quantization import CalibrationSettings
 from sdopt.model.shape import ShapeProfile
+from sdopt.processes.call import Outcome
+from sdopt.processes.channel import JsonTable
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 
@@ -49,12 +50,12 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[JsonTable]:
     """The child's work is done in this process; its arguments are noted."""
     started: list[JsonTable] = []
 
-    def run(target: str, arguments: JsonTable) -> Outcome:
-        assert target == "sdopt.convert.blocks.trajectories:record_in_child"
+    def run(function: object, arguments: JsonTable) -> Outcome[JsonTable]:
+        assert function is record_in_child
         started.append(arguments)
         return Outcome(record_in_child(arguments), 0, 0)
 
-    monkeypatch.setattr(stage, "run_isolated", run)
+    monkeypatch.setattr(stage, "call", run)
     return started
 
 

@@ -120,13 +120,13 @@ def test_bf16_that_is_too_coarse_for_the_picture_gives_way_to_fp32(monkeypatch: 
 def test_nothing_is_measured_where_nothing_computes_in_fp16(
     target: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vae_precision, "run_isolated", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(vae_precision, "call", lambda *_: pytest.fail("a child was started"))
     assert not any(part.precision_reason for part in plan(TINY_SHAPES, target, precision).components.values())
 
 
 def test_what_was_measured_is_kept_for_every_target(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = plan(planted)
-    monkeypatch.setattr(vae_precision, "run_isolated", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(vae_precision, "call", lambda *_: pytest.fail("a child was started"))
     assert plan(planted, "tensorrt").components[DECODER].precision_reason == first.components[
         DECODER
     ].precision_reason  # fmt: skip

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import sdopt.weights.stream as weights_module
 from sdopt.errors import CheckpointError, MissingHardware
-from sdopt.isolation import JsonTable, peak_rss_bytes, run_isolated
 from sdopt.model.precision import DType
+from sdopt.processes.call import call_by_name
+from sdopt.processes.channel import JsonTable
+from sdopt.processes.child import peak_rss_bytes
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import WrittenWeights, storage_layout, write_weights
 from sdopt.weights.tensor_layout import plan_layout
@@ -174,7 +176,7 @@ def test_memory_is_a_few_buffers_whatever_the_size(graph: str, tmp_path: Path) -
     with (tmp_path / "in").open("wb") as file:
         file.write(layout.header)
         file.truncate(layout.size_bytes)
-    outcome = run_isolated(
+    outcome = call_by_name(
         "tests.unit.test_weights:write_in_child",
         {"source": str(tmp_path / "in"), "out": str(tmp_path / "out"), "graph": graph},
     )

@@ -26,9 +26,9 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu, open_candidate, parse_settings
 from sdopt.fidelity.drawings import Drawing, batch_starts, build_call, draw_batch, join_drawings, write_drawing
 from sdopt.fidelity.scene import Scene
-from sdopt.isolation import JsonTable
 from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.model.backend_settings import BackendSettings, needs_gpu
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

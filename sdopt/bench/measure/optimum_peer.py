@@ -1,7 +1,7 @@
 """Draw and time a scene with optimum's ONNX Runtime pipeline. A program of its own, for optimum's environment.
 
-It must not import sdopt, which is not installed there. It speaks as `sdopt.isolation.run_child` expects: one JSON table
-on stdin, JSON lines on stdout; `sdopt.bench.measure.peer` writes the table. What it times and in which order is what
+It must not import sdopt, which is not installed there. It speaks as `sdopt.processes.channel` says: one JSON table on
+stdin, JSON lines on stdout; `sdopt.bench.measure.peer` writes the table. What it times and in which order is what
 `sdopt.bench.measure.measure` does; its calls are of optimum-onnx 0.1.
 """
 

@@ -12,13 +12,14 @@ from sdopt.bench.case.candidates import Candidate
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.scene import Scene
-from sdopt.isolation import JsonTable, Outcome, run_child
+from sdopt.processes.call import Outcome, call_program
+from sdopt.processes.channel import JsonTable
 
 _SCRIPT = Path(__file__).with_name("optimum_peer.py")
 _SCHEDULER = "ddim"
 
 
-def run_peer(candidate: Candidate, arguments: JsonTable, timeout_s: float) -> Outcome:
+def run_peer(candidate: Candidate, arguments: JsonTable, timeout_s: float) -> Outcome[JsonTable]:
     """Run a peer once with its own interpreter; `arguments` are those of `measure`, and so is the value of the outcome.
 
     Raises `MissingDependency` where that environment lacks the tool, and `SdoptError` for whatever else fails there:
@@ -28,7 +29,7 @@ def run_peer(candidate: Candidate, arguments: JsonTable, timeout_s: float) -> Ou
     job = _describe_job(candidate, Scene.model_validate(arguments["scene"]), arguments)
     # -I: a PYTHONPATH of this environment, and the modules beside the script, are not the peer's.
     command = [str(candidate.python), "-I", str(_SCRIPT)]
-    return run_child(
+    return call_program(
         command, job | {"launched_ns": time.monotonic_ns()}, name=f"{candidate.name} in {candidate.python}",
         timeout_s=timeout_s,
     )  # fmt: skip

@@ -18,9 +18,10 @@ from sdopt.bench.case.report import RooflineRecord
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import engines_use_gpu
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def find_roof(folder: Path, manifest: BundleManifest, timeout_s: float) -> Roof:
     device = "cuda" if engines_use_gpu(manifest) else "cpu"
     arguments: JsonTable = {"folder": str(folder), "manifest": manifest.model_dump_json(), "device": device}
     try:
-        value = run_isolated("sdopt.bench.measure.roofline:measure_roofline", arguments, timeout_s=timeout_s).value
+        value = call(measure_roofline, arguments, timeout_s=timeout_s).value
     except SdoptError as error:
         return Roof(notes=(f"the roofline was not measured: {error.message}",))
     flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}

@@ -29,9 +29,9 @@ from sdopt.bench.measure.steady import Effort, has_settled, time_calls, warm_up
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import parse_settings
-from sdopt.isolation import JsonTable
 from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.component import ComponentName
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     import torch

@@ -23,9 +23,10 @@ from sdopt.convert.plan import ComponentPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, MissingDependency
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def calibrate(
             key, cache, part.spec.name, dict(part.config), dict(part.tensors),
             tuple(tensor.name for tensor in part.spec.inputs), tuple(layers), trajectories.calibration, settings,
         )  # fmt: skip
-        run_isolated("sdopt.convert.blocks.calibrate:calibrate_in_child", _JOB.dump_python(job, mode="json"))
+        call(calibrate_in_child, _JOB.dump_python(job, mode="json"))
     entry = store.find(STAGE, key)
     if entry is None:
         raise ArtifactError("the scales vanished from the store while they were used", hint="run the command again")

@@ -35,10 +35,11 @@ from sdopt.errors import ArtifactError, RecipeError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import build_call
 from sdopt.fidelity.scene import Scene, write_scene
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,7 +107,7 @@ def record_trajectories(
     missing = {key: each for each, key in keys.items() if store.find(STAGE, key) is None}
     if missing:
         job = _JOB.dump_python(Job(folder, draft, cache, missing), mode="json")
-        run_isolated("sdopt.convert.blocks.trajectories:record_in_child", job)
+        call(record_in_child, job)
     return Trajectories(
         tuple(_require(store, keys[each]) for each in calibration),
         tuple(_require(store, keys[each]) for each in held_out),

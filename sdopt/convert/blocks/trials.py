@@ -22,11 +22,12 @@ from sdopt.convert.blocks.turns import compare_pairs, take_turns
 from sdopt.convert.blocks.write import Stock, write_trial
 from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
-from sdopt.isolation import JsonTable, run_isolated
 from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentSpec
 from sdopt.model.family import Family
 from sdopt.model.shape import Extent
+from sdopt.processes.call import call
+from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +104,7 @@ def run_trials(job: TrialJob) -> dict[str, TrialRecord]:
     missing = [trial for trial in job.trials if store.find(STAGE, trial.key) is None]
     if missing:
         arguments = _JOB.dump_python(dataclasses.replace(job, trials=missing), mode="json")
-        run_isolated("sdopt.convert.blocks.trials:measure_in_child", arguments)
+        call(measure_in_child, arguments)
     return {trial.key: _read(store, trial.key) for trial in job.trials}
 
 
@@ -155,9 +156,9 @@ def _measure(
 def measure_error(session: Session, calls: Sequence[Call]) -> float:
     """|a-b|/|b| over all calls, of the output that is farthest from torch's; 1e30 for NaN and infinity."""
     squares: dict[str, list[float]] = {}
-    for call in calls:
-        for name, output in session.run(_in_types(session.spec, call.inputs)).items():
-            a, b = output.double().cpu(), call.outputs[name].double()
+    for recorded in calls:
+        for name, output in session.run(_in_types(session.spec, recorded.inputs)).items():
+            a, b = output.double().cpu(), recorded.outputs[name].double()
             sums = squares.setdefault(name, [0.0, 0.0])
             sums[0] += (a - b).square().sum().item()
             sums[1] += b.square().sum().item()

@@ -15,12 +15,12 @@ from pydantic import TypeAdapter
 from sdopt.bundle.records import PlanAudit
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import AuditError
-from sdopt.isolation import JsonTable
 from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.machine.gpus import find_gpus
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
+from sdopt.processes.channel import JsonTable
 
 
 @dataclass(frozen=True)

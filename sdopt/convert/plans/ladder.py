@@ -36,12 +36,13 @@ from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import Store
 from sdopt.errors import MissingHardware, SdoptError
-from sdopt.isolation import kill_children, run_isolated
 from sdopt.machine.environment import describe_system
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import Dialect, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
+from sdopt.processes.call import call_by_name
+from sdopt.processes.nursery import current_nursery, submit_in_context
 from sdopt.trace.bind import WEIGHTS_NAME
 
 STAGE = "plan"
@@ -152,7 +153,7 @@ def _build_all(shop: _Workshop, wanted: list[WantedPlan], rung: Rung) -> tuple[d
     done: dict[str, Path] = {}
     shortage = None
     with ThreadPoolExecutor(2 if rung.side_by_side else 1) as pool:
-        building = {each.key: pool.submit(_build, shop, each, rung) for each in wanted}
+        building = {each.key: submit_in_context(pool, _build, shop, each, rung) for each in wanted}
         try:
             for key, future in building.items():
                 try:
@@ -162,7 +163,7 @@ def _build_all(shop: _Workshop, wanted: list[WantedPlan], rung: Rung) -> tuple[d
         except BaseException:
             # Ctrl-C, or a plan that is wrong: the others must not be waited for.
             pool.shutdown(wait=False, cancel_futures=True)
-            kill_children()
+            current_nursery().kill()
             raise
     return done, shortage
 
@@ -175,7 +176,7 @@ def _fill(shop: _Workshop, wanted: WantedPlan, rung: Rung, folder: Path) -> dict
     """Build one plan in a child process, into a folder of the store."""
     job = _describe_job(shop, wanted, rung, folder / _PLAN_NAME)
     try:
-        outcome = run_isolated(
+        outcome = call_by_name(
             "sdopt.convert.plans.build:build_in_child",
             JOB.dump_python(job, mode="json"),
             environment=MALLOC_ENVIRONMENT,

@@ -12,7 +12,7 @@ from sdopt import progress
 from sdopt.disk.files import disk_errors
 from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
-from sdopt.isolation import run_isolated
+from sdopt.processes.call import How, call_by_name
 
 SHIPPED = "tiny-shapes"
 _RANDOM = "random:"
@@ -55,7 +55,7 @@ def _make_random(family: str, folder: Path) -> None:
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
         arguments = {"family": family, "folder": str(made), "seed": _SEED}
-        run_isolated("sdopt.bench.case.random_checkpoint:make_in_child", arguments)
+        call_by_name("sdopt.bench.case.random_checkpoint:make_in_child", arguments, how=How.FRESH)
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
