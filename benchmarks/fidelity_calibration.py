@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import draw_scene

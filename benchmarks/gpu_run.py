@@ -29,11 +29,11 @@ from typing import Any
 import click
 
 from benchmarks.roofline import find_peak_flops
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
 from sdopt.bench.measure.steady import Effort
-from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
@@ -44,6 +44,7 @@ from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.precision import Precision
 from sdopt.pipeline.load import component_files
 from sdopt.processes.call import call_by_name

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdopt.backends.cuda import Gpu, describe_missing_gpu, find_gpu, shared_gpu
+from sdopt.backends.cuda import Gpu, shared_gpu
 from sdopt.backends.engine_session import EngineSession
-from sdopt.backends.protocol import ComponentFiles, Probe, axis_sizes
+from sdopt.backends.probes import CUDA_PROVIDER, GET_ONNXRUNTIME_CUDA
+from sdopt.backends.protocol import ComponentFiles, axis_sizes
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import TensorSpec, vae_factor
-from sdopt.model.precision import DType, Precision
+from sdopt.model.precision import DType
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 try:
@@ -27,24 +28,13 @@ try:
 except ImportError as error:
     raise MissingDependency.of("onnxruntime", extra="cpu") from error
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CPU, _CUDA = "CPUExecutionProvider", CUDA_PROVIDER
 _NUMPY = {DType.FP32: np.float32, DType.FP16: np.float16, DType.INT64: np.int64}
-_GET_CUDA = "pip uninstall -y onnxruntime && pip install --force-reinstall 'sdopt[gpu]'"
 
 
 class OnnxRuntimeBackend:
     def __init__(self, settings: OnnxRuntimeSettings) -> None:
         self._settings = settings
-
-    def probe(self) -> Probe:
-        missing = remedy = ""
-        if self._settings.device == "cuda":
-            if _CUDA not in onnxruntime.get_available_providers():
-                missing, remedy = "this onnxruntime was built without CUDA", _GET_CUDA
-            elif find_gpu() is None:
-                missing, remedy = describe_missing_gpu()
-        name = "onnxruntime" if self._settings.device == "cpu" else "onnxruntime on cuda"
-        return Probe(name, onnxruntime.__version__, (Precision.FP32, Precision.FP16), missing, remedy)
 
     def open(self, component: ComponentFiles) -> OnnxRuntimeSession:
         if self._settings.device == "cuda":
@@ -65,7 +55,7 @@ class OnnxRuntimeBackend:
             # It falls back to the CPU without an error where a library of CUDA or cuDNN is missing.
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} could not load its CUDA libraries for {component.name}",
-                hint=_GET_CUDA,
+                hint=GET_ONNXRUNTIME_CUDA,
             )
         return CudaSession(component, session, gpu)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from sdopt.backends.engine_session import EngineSession
-from sdopt.backends.protocol import ComponentFiles, Probe
+from sdopt.backends.probes import probe_backend
+from sdopt.backends.protocol import ComponentFiles
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
 from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.precision import DType, Precision
@@ -29,14 +30,9 @@ class OpenVINOBackend:
     def __init__(self, settings: OpenVINOSettings) -> None:
         self._settings = settings
 
-    def probe(self) -> Probe:
-        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        precisions = (Precision.FP32, Precision.BF16) if "BF16" in capabilities else (Precision.FP32,)
-        return Probe("openvino", openvino.__version__.split("-")[0], precisions)
-
     def open(self, component: ComponentFiles) -> OpenVINOSession:
         precision = self._settings.inference_precision
-        if precision not in self.probe().precisions:
+        if precision not in probe_backend(self._settings).precisions:
             # OpenVINO would emulate bf16 in silence, slower than fp32.
             raise MissingHardware("this processor has no bf16 arithmetic", hint="convert again with --precision fp32")
         try:

@@ -12,6 +12,7 @@ from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.precision import Precision
 from sdopt.model.shape import CHUNK_TOKENS, Extent, nearest_profile
 from sdopt.weights.safetensors_header import TensorRef
@@ -52,7 +53,7 @@ class ComponentFiles:
     plans: tuple[PlanRecord, ...] = ()
     profiles: tuple[Mapping[str, Extent], ...] = ()
     plan_digests: Mapping[str, str] = field(default_factory=dict)
-    graph_name: str = "model.onnx"
+    graph_name: str = GRAPH_NAME
     origin: Mapping[str, TensorRef] | None = None
     """The checkpoint's tensors, for torch, where the weight file holds quantised ones."""
 
@@ -66,7 +67,7 @@ class ComponentFiles:
 
     @property
     def weights(self) -> Path:
-        return self.folder / "weights.safetensors"
+        return self.folder / WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,6 @@ class ShowsKernels(Protocol):
 
 class Backend(Protocol):
     """A runtime. CPU runtimes compile when they open a graph; one that makes plan files builds them before."""
-
-    def probe(self) -> Probe: ...
 
     def open(self, component: ComponentFiles) -> Session: ...
 

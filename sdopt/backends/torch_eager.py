@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from accelerate import init_empty_weights
 
-from sdopt.backends.cuda import describe_missing_gpu, find_gpu
 from sdopt.backends.engine_session import EngineSession
-from sdopt.backends.protocol import ComponentFiles, DeviceMemory, Probe
+from sdopt.backends.probes import probe_backend
+from sdopt.backends.protocol import ComponentFiles, DeviceMemory
 from sdopt.backends.torch_attention import prefer_kernel, use_package
 from sdopt.errors import MissingHardware
 from sdopt.model.backend_settings import TorchSettings
@@ -32,16 +32,8 @@ class TorchBackend:
     def __init__(self, settings: TorchSettings) -> None:
         self._settings = settings
 
-    def probe(self) -> Probe:
-        missing = remedy = ""
-        precisions: tuple[Precision, ...] = (Precision.FP32, Precision.BF16)
-        if self._settings.device == "cuda":
-            precisions = (*precisions, Precision.FP16)
-            missing, remedy = ("", "") if find_gpu() else describe_missing_gpu()
-        return Probe("torch", torch.__version__, precisions, missing, remedy)
-
     def open(self, component: ComponentFiles) -> TorchSession:
-        probe = self.probe()
+        probe = probe_backend(self._settings)
         if not probe.available:
             raise MissingHardware(probe.missing, hint=probe.remedy)
         dtype = _COMPUTE[_fitting_precision(self._settings.precision, component)]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from sdopt.bench.case.candidates import Candidate
 from sdopt.bench.case.report import CandidateKind, CaseRecord, Scope
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import ComponentRecord, PlanRecord
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.scene import Scene
 from sdopt.machine.environment import find_machine
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.preflight.plan_choice import choose_plans
 
 _OF_THIS_TOOL = (CandidateKind.ENGINES, CandidateKind.BUNDLE)

@@ -35,7 +35,7 @@ from sdopt.bench.describe import describe_audits, describe_case, find_build_time
 from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
 from sdopt.bench.measure.roofline import find_roof
 from sdopt.bench.measure.steady import Effort
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
@@ -47,6 +47,7 @@ from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.preflight.runnable import require_sound, require_trusted
 from sdopt.processes.call import How, Outcome, call_by_name
 from sdopt.processes.channel import JsonTable

@@ -10,6 +10,7 @@ from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.model.shape import Extent
 
 
@@ -37,7 +38,7 @@ def find_damage(folder: Path, files: Mapping[str, FileRecord], *, only: Iterable
             damage.append(f"{relative} is missing")
         elif path.stat().st_size != record.size_bytes:
             damage.append(f"{relative} has {path.stat().st_size} bytes, not {record.size_bytes}")
-        elif path.stat().st_nlink > 1 and path.name == "weights.safetensors":
+        elif path.stat().st_nlink > 1 and path.name == WEIGHTS_NAME:
             damage.append(f"{relative} has several hard links, which ONNX runtimes refuse")
         elif hash_file(path) != record.sha256:
             damage.append(f"{relative} was changed: its SHA-256 differs from the manifest's")

@@ -18,11 +18,11 @@ from sdopt.errors import ArtifactError, ShapeError
 from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
 SCHEMA_VERSION = 4
-MANIFEST_NAME = "bundle.json"
 _LIMIT_BYTES = 16 << 20
 
 

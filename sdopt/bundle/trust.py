@@ -13,10 +13,11 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.disk.files import disk_errors, hash_file, write_file
 from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
+from sdopt.model.file_names import MANIFEST_NAME
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 

@@ -1,67 +1,65 @@
-"""What names and shapes a config asks for, from modules on torch's meta device: nothing is allocated.
-
-A heavy leaf: it loads torch, diffusers and transformers, and is imported only inside the functions that need
-it.
-"""
+"""What names and shapes a config asks for. torch knows, in a child; the store keeps its answer."""
 
 from __future__ import annotations
 
-import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig
+from pydantic import TypeAdapter
 
+from sdopt._version import __version__
+from sdopt.disk.digest import digest_of
+from sdopt.disk.store import Store
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
-from sdopt.networks.modules import build_network, tensor_names
+from sdopt.processes.call import call
 
-# What transformers adds to a CLIP config and what changes neither names, nor shapes, nor numbers.
-_CLIP_KEYS = (
-    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size",
-    "initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps",
-    "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers", "pad_token_id",
-    "projection_dim", "vocab_size",
-)  # fmt: skip
+_STAGE = "shapes"
+_FILE = "expected.json"
+# Of what the answer is made from: another version may add a key to a config or rename a tensor.
+_LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Question:
+    name: ComponentName
+    config: Config
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A config with every key that the installed libraries know, and the shapes of the tensors that it
-    needs."""
+    """A config with every key that the installed libraries know, and the shapes of the tensors that it needs."""
 
     config: Config
     shapes: Mapping[str, tuple[int, ...]]
 
 
+_EXPECTED = TypeAdapter(Expected)
+
+
 def expect_component(name: ComponentName, config: Config) -> Expected:
-    """Complete a config and list its tensors. Raises `CheckpointError` for a config that cannot be built.
-
-    Two configs that say the same, one with fewer keys, become equal: old files leave out what was the
-    default.
-    """
-    complete = _complete_clip(config) if name.is_text_encoder else _complete_diffusers(name, config)
-    with torch.device("meta"):
-        module = build_network(name, complete)
-    return Expected(complete, tensor_names(module))
-
-
-def _complete_clip(config: Config) -> dict[str, Any]:
+    """Complete a config and list its tensors. Raises `CheckpointError` for a config that cannot be built."""
     try:
-        values = CLIPTextConfig.from_dict(dict(config)).to_dict()
-    except Exception as error:  # transformers validates with classes of its own
-        raise CheckpointError(f"the config of a text encoder cannot be read: {error}") from error
-    return {key: values[key] for key in _CLIP_KEYS}
+        key = _key(name, config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the config of the {name} holds values that are not JSON: {error}") from error
+    store = Store()
+    if (found := store.find(_STAGE, key)) is not None:
+        return _EXPECTED.validate_json((found / _FILE).read_bytes())
+    expected = call(expect_in_child, Question(name, config)).value
+    store.put(_STAGE, key, {_FILE: _EXPECTED.dump_json(expected)})
+    return expected
 
 
-def _complete_diffusers(name: ComponentName, config: Config) -> dict[str, Any]:
-    kind: Any = UNet2DConditionModel if name is ComponentName.UNET else AutoencoderKL
-    defaults = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items() if key != "self"}
-    complete: dict[str, Any] = {"_class_name": kind.__name__}
-    for key, default in defaults.items():
-        value = config.get(key, default)
-        complete[key] = list(value) if isinstance(value, tuple) else value
-    return complete
+def expect_in_child(question: Question) -> Expected:
+    from sdopt.networks.built_shapes import build_shapes
+
+    return Expected(*build_shapes(question.name, question.config))
+
+
+def _key(name: ComponentName, config: Config) -> str:
+    versions = {library: version(library) for library in _LIBRARIES}
+    plain = json.loads(json.dumps(dict(config), allow_nan=False))
+    return digest_of({"component": name, "config": plain, "versions": versions, "sdopt": __version__})

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
 from sdopt.checkpoint.match import match_component
@@ -15,6 +14,7 @@ from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, re
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
 _AGAIN = "download the whole model again"

@@ -16,6 +16,7 @@ from sdopt import progress
 from sdopt.cli.text import neutralise
 from sdopt.disk.files import hash_file, write_file
 from sdopt.errors import RecipeError
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def _show_bundle(output: Path, manifest: BundleManifest) -> None:
 
 
 def _next_steps(output: Path, manifest: BundleManifest) -> list[str]:
-    from sdopt.bundle.manifest import MANIFEST_NAME
     from sdopt.machine.gpus import find_gpus
     from sdopt.model.backend_settings import needs_gpu
 

@@ -19,7 +19,7 @@ def doctor(as_json: bool) -> None:
 
     The precisions are those that a runtime computes in here; the GPU generations those that plans can be built for.
     """
-    from sdopt.backends.open import fastest_cpu_settings, probe_all
+    from sdopt.backends.probes import fastest_cpu_settings, probe_all
     from sdopt.disk.store import cache_root
     from sdopt.machine.environment import describe_machine
     from sdopt.machine.gpus import find_gpus

@@ -13,12 +13,12 @@ from sdopt._version import __version__
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import Verdict
 from sdopt.checkpoint.checkpoint import Checkpoint
-from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, has_projection
 from sdopt.model.family import Family
+from sdopt.model.file_names import GRAPH_NAME
 from sdopt.model.shape import describe_profiles
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdopt import progress
 from sdopt.bundle.damage import find_damage, record_file
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.manifest import BundleManifest, read_manifest, write_manifest
 from sdopt.bundle.records import (
     BuildRecord,
     ComponentRecord,
@@ -22,7 +22,6 @@ from sdopt.bundle.records import (
     QuantizationRecord,
     Verdict,
 )
-from sdopt.convert.blocks.select import Shop, quantize
 from sdopt.convert.card import make_card, write_small_files
 from sdopt.convert.fidelity import PictureJudge, judge
 from sdopt.convert.graphs import find_graph, trace_missing
@@ -37,9 +36,9 @@ from sdopt.disk.store import Store, cache_root
 from sdopt.errors import ArtifactError, ExportError
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from sdopt.model.quantization import QuantizationSettings
 from sdopt.processes.nursery import current_nursery, own_nursery, submit_in_context
-from sdopt.trace.bind import WEIGHTS_NAME
 from sdopt.weights.stream import write_weights
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
@@ -92,6 +91,8 @@ def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> Bund
     draft = _draft_manifest(plan, staging.output.name, components, weights)
     pictures = PictureJudge(store, staging)
     if plan.quantization is not None:
+        from sdopt.convert.blocks.select import Shop, quantize  # torch and onnx, for seconds
+
         wanted = pictures if plan.recipe.verify.enabled and plan.recipe.verify.fidelity else None
         quantized = quantize(Shop(plan, draft, weights, store, cache, staging, wanted))
         plan, draft, weights = quantized.plan, quantized.draft, quantized.weights
@@ -196,7 +197,7 @@ def _record_files(
     known = {f"{name}/{WEIGHTS_NAME}": record for name, record in weights.items()}
     known |= {made.records[0].file: made.file for made in plans}
     keep = set(known)
-    keep |= {f"{name}/{file}" for name in plan.components for file in ("model.onnx", "config.json")}
+    keep |= {f"{name}/{file}" for name in plan.components for file in (GRAPH_NAME, CONFIG_NAME)}
     keep |= {"model_index.json", "README.md", "scheduler/scheduler_config.json"}
     for kind in plan.checkpoint.tokenizers:
         keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}

@@ -14,6 +14,7 @@ from sdopt.bundle.records import GraphAudit
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.store import Store
 from sdopt.model.component import ComponentName, ComponentSpec
+from sdopt.model.file_names import GRAPH_NAME
 from sdopt.model.precision import DType
 from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
@@ -22,7 +23,6 @@ from sdopt.processes.channel import JsonTable
 from sdopt.weights.stream import storage_layout
 
 STAGE = "graph"
-GRAPH_NAME = "model.onnx"
 _AUDIT_NAME = "audit.json"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.bundle.records import ParityRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of

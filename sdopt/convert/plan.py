@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import MappingProxyType
 
-from sdopt.backends.open import fastest_cpu_settings, probe_backend
+from sdopt.backends.probes import fastest_cpu_settings, probe_backend
 from sdopt.checkpoint.checkpoint import Checkpoint
 from sdopt.disk.configs import find_config
 from sdopt.disk.digest import digest_of

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt import progress
 from sdopt.bundle.damage import find_damage
-from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import MANIFEST_NAME, WEIGHTS_NAME
 
 _JOURNAL_NAME = "journal.json"
 
@@ -68,7 +68,7 @@ class Staging:
         """Whether a killed run left this weight file whole; makes no folder."""
         root = output.parent / f".{output.name}.sdopt-partial"
         found = _read_journal(root).weights.get(name)
-        return found is not None and found[0] == key and (root / "bundle" / name / "weights.safetensors").is_file()
+        return found is not None and found[0] == key and (root / "bundle" / name / WEIGHTS_NAME).is_file()
 
     def find_weights(self, name: ComponentName, key: str) -> FileRecord | None:
         """The record of a weight file that a killed run finished under the same key."""

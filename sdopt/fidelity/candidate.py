@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
 
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.backends.protocol import Session
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.model.backend_settings import BackendSettings, TorchSettings, needs_gpu

@@ -36,6 +36,7 @@ from sdopt.model.backend_settings import (
     graph_dtype,
 )
 from sdopt.model.component import ComponentName, TensorSpec
+from sdopt.model.file_names import GRAPH_NAME
 from sdopt.model.precision import DType, Precision
 from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
@@ -202,7 +203,7 @@ def split_runs(shapes: Mapping[int, tuple[int, ...]], limit_bytes: int) -> Itera
 def list_values(arguments: JsonTable) -> list[LayerValue]:
     from sdopt.graph.layers import list_layer_values
 
-    return list_layer_values(Path(arguments["folder"]) / arguments["name"] / "model.onnx")
+    return list_layer_values(Path(arguments["folder"]) / arguments["name"] / GRAPH_NAME)
 
 
 def _open_files(arguments: JsonTable) -> ComponentFiles:

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
 from sdopt.graph.external_data import check_graph_file
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
 

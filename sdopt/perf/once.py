@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from sdopt.bench.case.report import write_report
 from sdopt.bench.case.suite import SuiteCase, SuiteMethod
 from sdopt.bench.case.suites import SuiteRun
-from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.perf.night.worktree import require_tree
 from sdopt.processes.channel import JsonTable
 

@@ -18,6 +18,7 @@ from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
+from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
@@ -91,7 +92,7 @@ def _make_text_encoder(
 ) -> EngineTextEncoder | None:
     if name not in sessions:
         return None
-    path = folder / name / "weights.safetensors"
+    path = folder / name / WEIGHTS_NAME
     try:
         norm = {
             key.rsplit(".", 1)[1]: ref for key, ref in read_header(path).tensors.items() if "final_layer_norm." in key

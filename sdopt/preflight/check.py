@@ -18,6 +18,7 @@ from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine
 from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
 from sdopt.preflight.runnable import find_bad_plans, require_runnable, require_trusted
 from sdopt.weights.safetensors_header import read_header
@@ -95,8 +96,8 @@ def _find_problems(folder: Path, manifest: BundleManifest) -> list[str]:
 
 
 def _check_component(folder: Path, record: ComponentRecord, extents: Mapping[str, Extent]) -> list[str]:
-    graph = check_graph_file(folder / "model.onnx").graph
-    read_header(folder / "weights.safetensors")
+    graph = check_graph_file(folder / GRAPH_NAME).graph
+    read_header(folder / WEIGHTS_NAME)
     problems: list[str] = []
     for kind, specs, values in (
         ("input", record.spec.inputs, graph.input),

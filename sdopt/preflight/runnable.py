@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.bundle.damage import find_damage
-from sdopt.bundle.manifest import MANIFEST_NAME, BundleManifest
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.plan_header import find_contradictions
 from sdopt.bundle.trust import list_untrusted
 from sdopt.disk.files import hash_file, resolve_inside
@@ -22,6 +22,7 @@ from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, Unsa
 from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine, find_machine
 from sdopt.model.backend_settings import TensorRTSettings
+from sdopt.model.file_names import GRAPH_NAME, MANIFEST_NAME
 from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 
 _WEIGHTS_SUFFIX = "/weights.safetensors"
@@ -49,7 +50,7 @@ def require_sound(folder: Path, manifest: BundleManifest) -> None:
     for component in manifest.components:
         if f"{component}/model.onnx" not in manifest.files:
             raise ArtifactError(f"{folder}: the manifest names no graph of {component}")
-        check_graph_file(folder / component / "model.onnx")
+        check_graph_file(folder / component / GRAPH_NAME)
 
 
 def find_bad_plans(folder: Path, manifest: BundleManifest) -> list[str]:

@@ -26,7 +26,7 @@ from sdopt.processes.child import answer, die_with_parent, limit_memory, open_ch
 
 # By name: this room knows nothing of those above it.
 PRELOADED = (
-    "sdopt.pipeline.load", "sdopt.trace.trace", "sdopt.trace.reference", "sdopt.checkpoint.expected",
+    "sdopt.pipeline.load", "sdopt.trace.trace", "sdopt.trace.reference", "sdopt.networks.built_shapes",
     "sdopt.fidelity.drawings", "onnxscript", "onnx",
 )  # fmt: skip
 # Of 32 and 64 bits each: a datagram is a few words.

@@ -13,11 +13,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sdopt.errors import ExportError
+from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.model.precision import DType
 from sdopt.weights.safetensors_header import TensorRef
 from sdopt.weights.tensor_layout import plan_layout
-
-WEIGHTS_NAME = "weights.safetensors"
 
 _IR_DTYPES = {
     DType.FP32: ir.DataType.FLOAT, DType.FP16: ir.DataType.FLOAT16, DType.BF16: ir.DataType.BFLOAT16,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from sdopt.backends.open import backend_for, open_session, probe_all, probe_backend
+from sdopt.backends.open import backend_for, open_session
+from sdopt.backends.probes import probe_all, probe_backend
 from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.bundle.manifest import read_manifest
-from sdopt.errors import ArtifactError, BackendError, CheckpointError, MissingDependency, SdoptError, ShapeError
+from sdopt.errors import ArtifactError, BackendError, CheckpointError, SdoptError, ShapeError
 from sdopt.machine.environment import find_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
@@ -249,10 +251,7 @@ def test_truncated_weights_are_an_error(backend: tuple[BackendSettings, float], 
 
 
 def test_a_library_that_is_missing_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: BackendSettings) -> None:
-        raise MissingDependency.of("openvino", extra="cpu")
-
-    monkeypatch.setattr("sdopt.backends.open.backend_for", refuse)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     probe = probe_backend(OpenVINOSettings())
     assert not probe.available
     assert "pip install" in probe.remedy

@@ -12,7 +12,7 @@ import pytest
 pytest.register_assert_rewrite("tests.contract.test_backends")
 
 from sdopt.backends.cuda import GpuIdentity  # noqa: E402
-from sdopt.backends.open import probe_backend  # noqa: E402
+from sdopt.backends.probes import probe_backend  # noqa: E402
 from sdopt.model.backend_settings import (  # noqa: E402
     BackendSettings,
     OnnxRuntimeSettings,

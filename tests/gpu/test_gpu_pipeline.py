@@ -15,7 +15,7 @@ import torch
 
 import sdopt
 from sdopt.backends.cuda import GpuIdentity
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.fidelity.metrics import compute_psnr
 from sdopt.machine.device_memory import sample_device_memory
 from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from sdopt.bundle.damage import find_damage
-from sdopt.bundle.manifest import MANIFEST_NAME, read_manifest
+from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import ArtifactError
 from sdopt.export.optimum import export_optimum
 from sdopt.export.published_folder import MARKER_NAME
+from sdopt.model.file_names import MANIFEST_NAME
 from tests.unit.test_export_triton import add_plans
 
 

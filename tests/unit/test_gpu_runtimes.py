@@ -13,7 +13,8 @@ import torch
 from sdopt.backends import cuda as gpu_module
 from sdopt.backends.cuda import GpuIdentity, find_gpu, shared_gpu
 from sdopt.backends.onnxruntime import CudaSession, OnnxRuntimeBackend
-from sdopt.backends.open import open_session, probe_backend
+from sdopt.backends.open import open_session
+from sdopt.backends.probes import probe_backend
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import BackendError, MissingHardware
@@ -80,7 +81,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_no_silent_fallback(
 
 
 def test_a_gpu_without_a_cuda_build_of_onnxruntime_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdopt.backends.onnxruntime.find_gpu", lambda: IDENTITY)
+    monkeypatch.setattr("sdopt.backends.cuda.find_gpu", lambda: IDENTITY)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     probe = probe_backend(CUDA)
     assert probe.missing == "this onnxruntime was built without CUDA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.bench.case.report import LayerRecord
 from sdopt.bench.compare.component_errors import find_first_parting, measure_layers
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest

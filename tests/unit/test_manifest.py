@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.damage import find_damage, record_file, require_intact
-from sdopt.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.manifest import SCHEMA_VERSION, BundleManifest, read_manifest, write_manifest
 from sdopt.disk.digest import FileRecord
 from sdopt.errors import ArtifactError, UnsafeInputError
+from sdopt.model.file_names import MANIFEST_NAME
 from tests.reference_session import make_bundle
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bundle.schema.json"

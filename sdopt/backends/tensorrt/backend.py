@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from sdopt.backends.cuda import describe_missing_gpu, find_gpu, shared_gpu
-from sdopt.backends.protocol import ComponentFiles, Probe, Session
+from sdopt.backends.cuda import find_gpu, shared_gpu
+from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.backends.tensorrt.loading import load_library
 from sdopt.backends.tensorrt.session import TensorRTSession
 from sdopt.errors import MissingHardware
 from sdopt.model.backend_settings import TensorRTSettings
-from sdopt.model.precision import Precision
-
-_PRECISIONS = (Precision.FP32, Precision.BF16, Precision.FP16)
 
 
 class TensorRTBackend:
@@ -19,10 +16,6 @@ class TensorRTBackend:
     def __init__(self, settings: TensorRTSettings) -> None:
         self._settings = settings
         self._library = load_library(settings.kind)
-
-    def probe(self) -> Probe:
-        missing, remedy = ("", "") if find_gpu() else describe_missing_gpu()
-        return Probe(self._settings.kind, self._library.__version__, _PRECISIONS, missing, remedy)
 
     def open(self, component: ComponentFiles) -> Session:
         """Open the plan of the first profile; the others when they are needed.

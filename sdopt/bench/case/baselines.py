@@ -9,9 +9,9 @@ import shutil
 from enum import StrEnum
 from pathlib import Path
 
-from sdopt.bundle.manifest import MANIFEST_NAME
 from sdopt.errors import UsageError
 from sdopt.model.backend_settings import TorchSettings
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.precision import Precision
 
 

@@ -22,7 +22,6 @@ from sdopt.convert.blocks.trajectories import Trajectories, record_trajectories
 from sdopt.convert.blocks.trials import FORMAT, TrialJob
 from sdopt.convert.blocks.write import find_layers, stock_layers
 from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
-from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.configs import find_prompts
 from sdopt.disk.digest import FileRecord, digest_of
@@ -33,8 +32,8 @@ from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
 from sdopt.model.backend_settings import BackendSettings, TensorRTSettings
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.quantization import ComponentQuantization, QuantizationSettings
-from sdopt.trace.bind import WEIGHTS_NAME
 
 # What a picture's time may grow by where weights alone are quantised, which saves memory and disk.
 _SLACK_SHARE = 0.01

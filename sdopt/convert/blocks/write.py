@@ -14,13 +14,13 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import Tensor
 
-from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.precision import DType
 from sdopt.quantize.rounding import QuantizedLayer, write_quantized
-from sdopt.trace.bind import WEIGHTS_NAME, rebind_weights
+from sdopt.trace.bind import rebind_weights
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import storage_layout, write_weights
 from sdopt.weights.tensor_layout import plan_layout

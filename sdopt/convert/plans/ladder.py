@@ -20,7 +20,6 @@ import psutil
 
 from sdopt.bundle.records import GraphAudit, PlanAudit, PlanRecord
 from sdopt.bundle.trust import remember_built
-from sdopt.convert.graphs import GRAPH_NAME
 from sdopt.convert.plan import BuildPlan
 from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.convert.plans.wanted import (
@@ -39,11 +38,11 @@ from sdopt.errors import MissingHardware, SdoptError
 from sdopt.machine.environment import describe_system
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.recipe import Dialect, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
 from sdopt.processes.call import call_by_name
 from sdopt.processes.nursery import current_nursery, submit_in_context
-from sdopt.trace.bind import WEIGHTS_NAME
 
 STAGE = "plan"
 _PLAN_NAME = "engine.plan"

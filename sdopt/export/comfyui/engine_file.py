@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from sdopt.backends.open import probe_backend
+from sdopt.backends.probes import probe_backend
 from sdopt.backends.tensorrt.builder import Bounds, BuildOptions, build_plan
 from sdopt.backends.tensorrt.loading import Kind, load_library
 from sdopt.backends.tensorrt.parsed_network import parse_graph
@@ -29,6 +29,7 @@ from sdopt.graph.external_data import check_graph_file
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
 
 _UNET = ComponentName.UNET
@@ -52,8 +53,8 @@ def export_graph(folder: Path, output: Path, *, name: str | None = None) -> Comf
     manifest = open_bundle(folder)
     found = _describe(folder, manifest, name, output)
     with staged(output, "comfyui", manifest, sum_bytes(manifest, _FILES)) as growing:
-        write_file(growing / "model.onnx", adapt_graph(folder).SerializeToString())
-        copy_file(folder, _FILES[1], growing / "weights.safetensors")
+        write_file(growing / GRAPH_NAME, adapt_graph(folder).SerializeToString())
+        copy_file(folder, _FILES[1], growing / WEIGHTS_NAME)
     return found
 
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from sdopt.errors import ArtifactError, UnsafeInputError
 from sdopt.model.component import ComponentSpec, TensorSpec
+from sdopt.model.file_names import GRAPH_NAME
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
 
@@ -90,7 +91,7 @@ def configure_network(
         TritonBackend.ONNXRUNTIME: {"platform": "onnxruntime_onnx", "backend": "onnxruntime"},
         TritonBackend.PYTHON: {"backend": "python"},
     }
-    files = {TritonBackend.ONNXRUNTIME: "model.onnx", TritonBackend.PYTHON: "model.py"}
+    files = {TritonBackend.ONNXRUNTIME: GRAPH_NAME, TritonBackend.PYTHON: "model.py"}
     return ModelConfig(
         name=name,
         head=heads[backend],

@@ -24,11 +24,12 @@ from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_by
 from sdopt.export.triton.config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
 from sdopt.export.triton.settings import make_settings, require_text_to_image, write_tokenizers
 from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
 from sdopt.preflight.runnable import require_trusted
 
 _VERSION = "1"
-_GRAPH_FILES = ("model.onnx", "weights.safetensors")
+_GRAPH_FILES = (GRAPH_NAME, WEIGHTS_NAME)
 _PIPELINE_FILES = {"pipeline.py": "model.py", "drawing.py": "drawing.py", "schedules.py": "schedules.py"}
 _GENERATION = re.compile(r"sm([1-9]\d?)(\d)")
 
