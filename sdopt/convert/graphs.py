@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent
 from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
+from sdopt.processes.nursery import current_nursery, submit_in_context
 from sdopt.weights.stream import storage_layout
 
 STAGE = "graph"
@@ -52,11 +55,23 @@ def find_graph(store: Store, key: str) -> tuple[Path, GraphAudit] | None:
 
 
 def trace_missing(plan: BuildPlan, store: Store, cache: Path) -> int | None:
-    """Trace what the store has no graph of; return the child's peak memory in bytes, None where nothing was to do."""
+    """Trace what the store has no graph of; return the children's peak memory in bytes, None where nothing was to do."""
     missing = [name for name, part in plan.components.items() if find_graph(store, part.architecture) is None]
     if not missing:
         return None
-    jobs = [_describe_job(plan, name) for name in missing]
+    # Tracing takes one core, and the UNet about as long as all others together.
+    shares = [[name for name in missing if (name is ComponentName.UNET) is alone] for alone in (True, False)]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        tracing = [submit_in_context(pool, _trace_share, plan, names, cache) for names in shares if names]
+        try:
+            return sum(future.result() for future in tracing)
+        except BaseException:
+            current_nursery().kill()  # the pool waits for its threads, and they for their children
+            raise
+
+
+def _trace_share(plan: BuildPlan, names: Sequence[ComponentName], cache: Path) -> int:
+    jobs = [_describe_job(plan, name) for name in names]
     arguments = {"cache": str(cache), "jobs": _JOBS.dump_python(jobs, mode="json")}
     return call(trace_in_child, arguments).peak_rss_bytes
 

@@ -8,6 +8,7 @@ to paint.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.fidelity.metrics import Picture
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
+from sdopt.processes.call import call
 
 DEFAULT_PROMPTS = ("a large red circle on a blue background", "a small yellow star on a purple background")
 
@@ -41,16 +43,29 @@ def starts_from_image(manifest: BundleManifest) -> bool:
     return manifest.inpainting or manifest.family is Family.SDXL_REFINER
 
 
-def write_scene(folder: Path, manifest: BundleManifest, scene: Scene) -> None:
-    """Draw the inputs from the scene's seeds, at the bundle's usual size, and write them.
+@dataclass(frozen=True)
+class SceneJob:
+    """`scene` of the bundle in `folder`, whose manifest need not be there yet."""
 
-    The latents are those that diffusers draws from a CPU generator with the same seed, so `sdopt generate
-    --seed` starts from the same noise.
+    folder: Path
+    manifest: BundleManifest
+    scene: Scene
+
+
+def write_scene(folder: Path, manifest: BundleManifest, scene: Scene) -> None:
+    """Draw the inputs from the scene's seeds, at the bundle's usual size, and write them. A child does: torch draws."""
+    call(write_scene_in_child, SceneJob(folder, manifest, scene))
+
+
+def write_scene_in_child(job: SceneJob) -> None:
+    """The latents are those that diffusers draws from a CPU generator with the same seed, so `sdopt generate --seed`
+    starts from the same noise.
     """
     import torch
     from safetensors.torch import save_file
 
-    config = read_config(folder, ComponentName.VAE_DECODER)
+    manifest, scene = job.manifest, job.scene
+    config = read_config(job.folder, ComponentName.VAE_DECODER)
     height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
     factor = vae_factor(config)
     shape = (1, int(config["latent_channels"]), height_px // factor, width_px // factor)
