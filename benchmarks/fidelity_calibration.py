@@ -20,9 +20,9 @@ import torch
 from sdopt.backends.probes import probe_backend
 from sdopt.bundle.manifest import read_manifest
 from sdopt.fidelity.candidate import open_candidate
+from sdopt.fidelity.compare_drawings import compare_drawings, format_psnr
 from sdopt.fidelity.drawings import draw_scene
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
-from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.precision import Precision
 

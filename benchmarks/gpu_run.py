@@ -38,9 +38,9 @@ from sdopt.bundle.plan_header import RTX_GENERATIONS
 from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings
+from sdopt.fidelity.compare_drawings import compare_drawings, format_psnr
 from sdopt.fidelity.drawings import draw_isolated, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
-from sdopt.fidelity.verdict import compare_drawings, format_psnr
 from sdopt.machine.environment import describe_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -75,6 +76,10 @@ class TorchSession(EngineSession):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def use_attention(self, attention: Literal["sdpa", "math"]) -> None:
+        """Compute attention by another kernel of torch's own from now on."""
+        self._settings = self._settings.model_copy(update={"attention": attention})
 
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The timestep stays fp32, as in diffusers: bf16 cannot tell 997 from 999.

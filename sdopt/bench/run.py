@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,13 +38,12 @@ from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
-from sdopt.fidelity.drawings import Drawing, draw_isolated, read_drawing
+from sdopt.fidelity.drawings import Drawing, draw_isolated, draw_twice_isolated, read_drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault
 from sdopt.fidelity.perceptual.local_weights import PerceptualWeights
+from sdopt.fidelity.references import NOISE_FLOOR, REFERENCE, on_device
 from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
-from sdopt.fidelity.verdict import NOISE_FLOOR, REFERENCE
 from sdopt.machine.environment import describe_machine
-from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.preflight.runnable import require_sound, require_trusted
@@ -334,25 +332,24 @@ def _compare_pictures(
     reference = drawings.get(Baseline.EAGER_FP32.value)
     floor: Drawing | None = None
     notes: tuple[str, ...] = ()
-    draw = partial(_draw_reference, request, manifest, scene)
+    label, limit_s = "torch fp32", request.time_limit_s
+    device: Literal["cpu", "cuda"] = "cuda" if engines_use_gpu(manifest) else "cpu"
+    outputs = (work / "reference.safetensors", work / "noise-floor.safetensors")
     try:
-        reference = reference or draw(REFERENCE, work / "reference.safetensors", "torch fp32")
-        floor = draw(NOISE_FLOOR, work / "noise-floor.safetensors", "torch fp32 again (noise floor)")
+        if reference is None:
+            reference, floor = draw_twice_isolated(
+                request.folder, manifest, on_device(device, REFERENCE), scene, outputs, label=label, timeout_s=limit_s
+            )
+        else:
+            floor = draw_isolated(
+                request.folder, manifest, on_device(device, NOISE_FLOOR), scene, outputs[1],
+                label=f"{label} again (noise floor)", timeout_s=limit_s,
+            )  # fmt: skip
     except SdoptError as error:
         missing = "the pictures were not compared" if reference is None else "the noise floor is not known"
         notes = (f"{missing}, because torch fp32 could not draw: {error.message}",)
     figures = compare_candidates(scene, reference, floor, drawings, request.perceptual)
     return _Compared(drawings, reference, figures, notes)
-
-
-def _draw_reference(
-    request: BenchRequest, manifest: BundleManifest, scene: Scene, settings: TorchSettings, output: Path, label: str
-) -> Drawing:
-    """Draw with torch on the device of the engines. Raises what torch's backend raises."""
-    device: Literal["cpu", "cuda"] = "cuda" if engines_use_gpu(manifest) else "cpu"
-    settings = settings.model_copy(update={"device": device})
-    limit_s = request.time_limit_s
-    return draw_isolated(request.folder, manifest, settings, scene, output, label=label, timeout_s=limit_s)
 
 
 def _describe_method(request: BenchRequest, order: Sequence[str]) -> MethodRecord:

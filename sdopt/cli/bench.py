@@ -218,7 +218,7 @@ def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) ->
     """The cells behind the label."""
     from sdopt.bench.case.report import Stage
     from sdopt.bench.page.summary import NOT_MEASURED, format_bytes, format_ns
-    from sdopt.fidelity.verdict import format_psnr
+    from sdopt.fidelity.compare_drawings import format_psnr
 
     step = row.stages.get(Stage.UNET_STEP)
     psnr = NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db)

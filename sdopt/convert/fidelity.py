@@ -25,7 +25,8 @@ from sdopt.model.precision import Precision
 from sdopt.preflight.runnable import require_runnable
 
 if TYPE_CHECKING:
-    from sdopt.fidelity.verdict import PictureBudget, References
+    from sdopt.fidelity.picture_limits import PictureBudget
+    from sdopt.fidelity.references import References
 
 STAGE = "fidelity"
 _RECORD_NAME = "fidelity.json"
@@ -48,17 +49,19 @@ class PictureJudge:
         torch draws the references from the 16-bit weights, which are still in the staging folder. Raises
         `FidelityError` where the 16-bit engines themselves do not draw what torch draws.
         """
-        from sdopt.fidelity import verdict
+        from sdopt.fidelity import references, verdict
+        from sdopt.fidelity.picture_limits import PictureBudget
 
         folder, work, settings = self._staging.folder, self._staging.work, draft.recipe.verify
         drawn, _ = runnable_here(draft, self._staging.output, self._machine)
-        scene = verdict.make_scene(folder, drawn, work)
-        references = verdict.draw_references(folder, drawn, work, scene)
-        base = verdict.hear(folder, drawn, work, references, verdict.draw_engines(folder, drawn, work, scene))
+        scene = references.make_scene(folder, drawn, work)
+        drawn_by_torch = references.draw_references(folder, drawn, work, scene)
+        drawn_by_engines = references.draw_engines(folder, drawn, work, scene)
+        base = verdict.judge_with_bf16_reference(folder, drawn, work, drawn_by_torch, drawn_by_engines)
         _require_pass(base)
         base_psnr_db = tuple(image.psnr_db for image in base.images)
-        self._references = references
-        self._budget = verdict.PictureBudget(base_psnr_db, settings.max_psnr_loss, settings.min_ssim)
+        self._references = drawn_by_torch
+        self._budget = PictureBudget(base_psnr_db, settings.max_psnr_loss, settings.min_ssim)
 
     def drop_base(self) -> None:
         """Judge what comes as any other bundle: nothing is quantised after all, and a budget has nothing to excuse."""
@@ -78,12 +81,12 @@ class PictureJudge:
         return _of_graphs(record, obstacle) if obstacle and record.verdict is Verdict.PASS else record
 
     def _draw_and_judge(self, drawn: BundleManifest) -> FidelityRecord:
-        from sdopt.fidelity import verdict
+        from sdopt.fidelity import references, verdict
 
         folder, work = self._staging.folder, self._staging.work
         if self._references is None:
             return verdict.judge_fidelity(folder, drawn, work)
-        engines = verdict.draw_engines(folder, drawn, work, self._references.scene)
+        engines = references.draw_engines(folder, drawn, work, self._references.scene)
         return verdict.judge_engines(drawn, self._references, engines, budget=self._budget)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def find_graph(store: Store, key: str) -> tuple[Path, GraphAudit] | None:
 
 
 def trace_missing(plan: BuildPlan, store: Store, cache: Path) -> int | None:
-    """Trace what the store has no graph of; return the children's peak memory in bytes, None where nothing was to do."""
+    """Trace what the store has no graph of. Returns the children's peak memory in bytes; None where all was there."""
     missing = [name for name, part in plan.components.items() if find_graph(store, part.architecture) is None]
     if not missing:
         return None

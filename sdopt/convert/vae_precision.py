@@ -27,8 +27,8 @@ from sdopt.convert.plan import BuildPlan, PrecisionChoice
 from sdopt.disk.digest import digest_of
 from sdopt.disk.store import Store, cache_root
 from sdopt.fidelity.metrics import compute_psnr, to_picture
+from sdopt.fidelity.picture_limits import LIMITS
 from sdopt.fidelity.scene import paint_image
-from sdopt.fidelity.verdict import LIMITS
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision

@@ -1,12 +1,13 @@
 """Draw a scene with one candidate, and keep the pictures and the latents of every step.
 
-`draw_isolated` does it in a fresh process; `draw` is that process's entry. What is kept is a `Drawing`.
+`draw_isolated` does it in another process. What is kept is a `Drawing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt import progress
+from sdopt.backends.protocol import Session
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
+from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.scene import Scene
-from sdopt.model.backend_settings import BackendSettings
+from sdopt.model.backend_settings import BackendSettings, TorchSettings
 from sdopt.model.family import Family
 from sdopt.processes.call import call
-from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,13 +33,31 @@ _STRENGTH = 0.5
 
 @dataclass(frozen=True)
 class Drawing:
-    """Float RGB `images` in [0, 1], (pictures, height, width, 3), and `latents`, (pictures, steps, channels,
-    h, w).
+    """Float RGB `images` in [0, 1], (pictures, height, width, 3), and `latents`, (pictures, steps, channels, h, w).
+
+    `file` is where it was read from.
     """
 
     images: NDArray[np.float32]
     latents: NDArray[np.float32]
     scheduler: str = ""
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class DrawJob:
+    """`settings` of None opens each component as the bundle says. `output` is the .safetensors file to keep it in.
+
+    Where there is an `again`, torch draws a second time by its plainest attention kernel: the noise floor.
+    """
+
+    folder: Path
+    manifest: BundleManifest
+    settings: BackendSettings | None
+    scene: Scene
+    output: Path
+    label: str
+    again: Path | None = None
 
 
 def draw_isolated(
@@ -51,31 +70,49 @@ def draw_isolated(
     label: str,
     timeout_s: float | None = None,
 ) -> Drawing:
-    """Draw the scene in a fresh process; `output` is the .safetensors file to keep it in. `label` is for
-    progress.
-    """
-    arguments = {
-        "folder": str(folder),
-        "manifest": manifest.model_dump_json(),
-        "settings": dump_settings(settings),
-        "scene": scene.model_dump(mode="json"),
-        "output": str(output),
-        "label": label,
-    }
-    call(draw, arguments, timeout_s=timeout_s)
+    """Draw the scene in a process of its own; `label` is for progress."""
+    call(draw, DrawJob(folder, manifest, settings, scene, output, label), timeout_s=timeout_s)
     return read_drawing(output)
 
 
-def draw(arguments: JsonTable) -> JsonTable:
-    """Entry of the child process: open the candidate, draw every prompt, write the file."""
-    manifest = BundleManifest.model_validate_json(arguments["manifest"])
-    scene = Scene.model_validate(arguments["scene"])
-    label = str(arguments["label"])
-    progress.update(f"opening {label}", 0.0)
-    with open_candidate(Path(arguments["folder"]), manifest, parse_settings(arguments["settings"])) as pipeline:
-        drawing = draw_scene(pipeline, manifest, scene, lambda share: progress.update(f"drawing with {label}", share))
-    write_drawing(drawing, Path(arguments["output"]))
-    return {}
+def draw_twice_isolated(
+    folder: Path,
+    manifest: BundleManifest,
+    settings: TorchSettings,
+    scene: Scene,
+    outputs: tuple[Path, Path],
+    *,
+    label: str,
+    timeout_s: float | None = None,
+) -> tuple[Drawing, Drawing]:
+    """Draw with torch, and again by another attention kernel, in one process: its weights are read once."""
+    call(draw, DrawJob(folder, manifest, settings, scene, outputs[0], label, outputs[1]), timeout_s=timeout_s)
+    return read_drawing(outputs[0]), read_drawing(outputs[1])
+
+
+def draw(job: DrawJob) -> None:
+    """The child's side: open the candidate, draw every prompt, write the file."""
+    sessions: list[Session] = []
+
+    def keep(session: Session) -> Session:
+        sessions.append(session)
+        return session
+
+    progress.update(f"opening {job.label}", 0.0)
+    with open_candidate(job.folder, job.manifest, job.settings, keep) as pipeline:
+        _draw_to(job.output, pipeline, job, job.label)
+        if job.again is not None:
+            from sdopt.backends.torch_eager import TorchSession
+
+            for session in sessions:
+                assert isinstance(session, TorchSession)
+                session.use_attention("math")
+            _draw_to(job.again, pipeline, job, f"{job.label} again (noise floor)")
+
+
+def _draw_to(output: Path, pipeline: DiffusionPipeline, job: DrawJob, label: str) -> None:
+    tell = partial(progress.update, f"drawing with {label}")
+    write_drawing(draw_scene(pipeline, job.manifest, job.scene, tell), output)
 
 
 def draw_scene(
@@ -175,4 +212,4 @@ def read_drawing(path: Path) -> Drawing:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        return Drawing(file.get_tensor("images"), file.get_tensor("latents"), file.metadata()["scheduler"])
+        return Drawing(file.get_tensor("images"), file.get_tensor("latents"), file.metadata()["scheduler"], path)

@@ -30,98 +30,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from sdopt import progress
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import FidelityRecord, ImageFidelity, Verdict
-from sdopt.errors import MissingHardware
-from sdopt.fidelity.candidate import find_reference_device
+from sdopt.fidelity.compare_drawings import compare_apart, format_psnr
 from sdopt.fidelity.drawings import Drawing, draw_isolated
 from sdopt.fidelity.metrics import (
     FloatArray,
     PictureFault,
-    compute_least_cosine,
-    compute_ms_ssim,
-    compute_psnr,
-    compute_ssim,
     find_fault,
-    to_picture,
 )
-from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
+from sdopt.fidelity.picture_limits import Limit, PictureBudget, find_limits, least_precision
+from sdopt.fidelity.references import References, draw_engines, draw_references, make_scene, on_device
+from sdopt.fidelity.scene import Scene
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.precision import Precision
-from sdopt.model.quantization import Scheme
 
-REFERENCE = TorchSettings()
-NOISE_FLOOR = TorchSettings(attention="math")
 _TORCH_BF16 = TorchSettings(precision=Precision.BF16)
-
-_FLOOR_MARGIN_DB = 6.0
-# Nobody sees more; a 16-bit engine that is closer to torch does not make the budget of a quantised one smaller.
-_BEST_PSNR_DB = 50.0
-_PEER_MARGIN_DB = 3.0
-_TOO_SMALL_GPU = "torch drew on the CPU, because the GPU has too little memory for torch in fp32"
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Least PSNR in dB and least SSIM that a picture of the engines must reach."""
-
-    psnr_db: float
-    ssim: float
-
-    def below(self, psnr_db: float | None, ssim: float, margin_db: float) -> Limit:
-        """This limit, or what is `margin_db` worse than another drawing's figures where that is less.
-
-        SSIM falls with the square of the error: its distance from 1 grows by 10^(margin / 10).
-        """
-        if psnr_db is None:
-            return self
-        widened = 1 - (1 - ssim) * 10 ** (margin_db / 10)
-        return Limit(min(self.psnr_db, psnr_db - margin_db), max(0.0, min(self.ssim, widened)))
-
-    def holds_for(self, image: ImageFidelity) -> bool:
-        return (math.inf if image.psnr_db is None else image.psnr_db) >= self.psnr_db and image.ssim >= self.ssim
-
-
-LIMITS = {
-    Precision.FP32: Limit(50.0, 0.995),
-    Precision.FP16: Limit(40.0, 0.98),
-    Precision.BF16: Limit(40.0, 0.98),
-    # Of bundles whose 16-bit engines are not at hand: the default budget of a quantised one, from 50 dB down.
-    Precision.INT8: Limit(30.0, 0.9),
-    Precision.FP8: Limit(30.0, 0.9),
-}
-_LEAST_LIKENESS = Limit(15.0, 0.5)
-
-
-@dataclass(frozen=True)
-class References:
-    """What torch draws of a scene, and again for the noise floor. `remark` says why not on the engines' device."""
-
-    scene: Scene
-    drawing: Drawing
-    floor: Drawing
-    device: Literal["cpu", "cuda"]
-    remark: str = ""
-
-
-@dataclass(frozen=True)
-class PictureBudget:
-    """What quantised engines may lose: dB against the PSNR that 16-bit engines reach, picture by picture, and SSIM."""
-
-    base_psnr_db: tuple[float | None, ...]
-    max_psnr_loss_db: float
-    min_ssim: float
-
-    def limits(self) -> list[Limit]:
-        base = (_BEST_PSNR_DB if psnr_db is None else min(psnr_db, _BEST_PSNR_DB) for psnr_db in self.base_psnr_db)
-        return [Limit(psnr_db - self.max_psnr_loss_db, self.min_ssim) for psnr_db in base]
 
 
 def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> FidelityRecord:
@@ -135,56 +62,21 @@ def judge_fidelity(folder: Path, manifest: BundleManifest, work: Path) -> Fideli
         return FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off with --no-verify")
     scene = make_scene(folder, manifest, work)
     engines = draw_engines(folder, manifest, work, scene)
-    return hear(folder, manifest, work, draw_references(folder, manifest, work, scene), engines)
+    return judge_with_bf16_reference(folder, manifest, work, draw_references(folder, manifest, work, scene), engines)
 
 
-def hear(
+def judge_with_bf16_reference(
     folder: Path, manifest: BundleManifest, work: Path, references: References, engines: Drawing
 ) -> FidelityRecord:
-    """Judge what the engines drew, and give 16-bit ones that fail their second hearing."""
+    """Judge the pictures. 16-bit engines that fail are judged again by the limits of torch in bf16."""
     record = judge_engines(manifest, references, engines)
     if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
-        settings = _on(references.device, _TORCH_BF16)
+        settings = on_device(references.device, _TORCH_BF16)
         output = work / "torch-bf16.safetensors"
         label = "torch bf16 (second hearing)"
         peer = draw_isolated(folder, manifest, settings, references.scene, output, label=label)
         record = judge_engines(manifest, references, engines, peer)
     return record
-
-
-def make_scene(folder: Path, manifest: BundleManifest, work: Path) -> Scene:
-    """The scene that the recipe asks for, its inputs written to `work`."""
-    verify = manifest.recipe.verify
-    scene = Scene(
-        prompts=verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=verify.steps,
-        guidance_scale=verify.guidance_scale, inputs=work / "inputs.safetensors",
-    )  # fmt: skip
-    write_scene(folder, manifest, scene)
-    return scene
-
-
-def draw_engines(folder: Path, manifest: BundleManifest, work: Path, scene: Scene) -> Drawing:
-    return draw_isolated(folder, manifest, None, scene, work / "engines.safetensors", label="the engines")
-
-
-def draw_references(folder: Path, manifest: BundleManifest, work: Path, scene: Scene) -> References:
-    """Draw with torch fp32, twice: on the GPU where the engines draw there and its memory is large enough."""
-
-    def draw(settings: TorchSettings, name: str, label: str) -> Drawing:
-        return draw_isolated(folder, manifest, settings, scene, work / f"{name}.safetensors", label=label)
-
-    def draw_both(device: Literal["cpu", "cuda"], remark: str) -> References:
-        reference = draw(_on(device, REFERENCE), "torch", "torch fp32")
-        floor = draw(_on(device, NOISE_FLOOR), "noise-floor", "torch fp32 again (noise floor)")
-        return References(scene, reference, floor, device, remark)
-
-    device = find_reference_device(manifest)
-    try:
-        return draw_both(device, "")
-    except MissingHardware as error:
-        if device == "cpu":
-            raise
-        return draw_both("cpu", f"; {_TOO_SMALL_GPU} ({error.message})")
 
 
 def judge_engines(
@@ -200,10 +92,6 @@ def judge_engines(
     return record.model_copy(update={"reason": record.reason + references.remark})
 
 
-def _on(device: Literal["cpu", "cuda"], settings: TorchSettings) -> TorchSettings:
-    return settings.model_copy(update={"device": device})
-
-
 def judge_drawings(
     manifest: BundleManifest,
     scene: Scene,
@@ -214,8 +102,8 @@ def judge_drawings(
     budget: PictureBudget | None = None,
 ) -> FidelityRecord:
     """Compare drawings of one scene and judge them. `peer` is what torch draws in bf16."""
-    images = compare_drawings(scene, reference, engines, floor)
-    heard = () if peer is None else compare_drawings(scene, reference, peer, floor)
+    images = compare_apart(scene, reference, engines, floor)
+    heard = () if peer is None else compare_apart(scene, reference, peer, floor)
     limits = find_limits(images, least_precision(manifest), heard) if budget is None else budget.limits()
     problems = [
         text
@@ -230,72 +118,6 @@ def judge_drawings(
         guidance_scale=scene.guidance_scale,
         images=images,
     )
-
-
-def find_limits(
-    images: Sequence[ImageFidelity], precision: Precision, peer: Sequence[ImageFidelity] = ()
-) -> list[Limit]:
-    """What each picture drawn in `precision` has to reach. `peer` are those of torch in bf16, where it was
-    heard.
-    """
-    limits = [LIMITS[precision].below(i.noise_floor_psnr_db, i.noise_floor_ssim, _FLOOR_MARGIN_DB) for i in images]
-    if not peer or precision not in (Precision.BF16, Precision.FP16):
-        return limits
-    return [_hear(limit, image) for limit, image in zip(limits, peer, strict=True)]
-
-
-def _hear(limit: Limit, peer: ImageFidelity) -> Limit:
-    if not peer.ssim:  # NaN, or noise: torch in bf16 does no better, and excuses nothing
-        return limit
-    lowered = limit.below(peer.psnr_db, peer.ssim, _PEER_MARGIN_DB)
-    least = Limit(min(limit.psnr_db, _LEAST_LIKENESS.psnr_db), min(limit.ssim, _LEAST_LIKENESS.ssim))
-    return Limit(max(lowered.psnr_db, least.psnr_db), max(lowered.ssim, least.ssim))
-
-
-def least_precision(manifest: BundleManifest) -> Precision:
-    """The coarsest arithmetic among the bundle's engines."""
-    kept = {r.quantization.settings.scheme for r in manifest.components.values() if r.quantization and r.is_quantized}
-    if kept:
-        return Precision.FP8 if kept == {Scheme.FP8} else Precision.INT8
-    present = {record.precision for record in manifest.components.values()}
-    return next((p for p in (Precision.BF16, Precision.FP16) if p in present), Precision.FP32)
-
-
-def compare_drawings(
-    scene: Scene, reference: Drawing, other: Drawing, floor: Drawing | None = None
-) -> tuple[ImageFidelity, ...]:
-    """Figures of each picture of `other` against `reference`, beside those of the noise floor.
-
-    A picture with NaN or Inf scores 0 everywhere. Without a floor, its columns say "equal".
-    """
-    records = []
-    for index, prompt in enumerate(scene.prompts):
-        psnr_db, ssim = _score(reference, other, index)
-        floor_psnr_db, floor_ssim = (None, 1.0) if floor is None else _score(reference, floor, index)
-        a, b = to_picture(reference.images[index]), to_picture(other.images[index])
-        finite = bool(np.isfinite(other.images[index]).all())
-        records.append(
-            ImageFidelity(
-                prompt=prompt,
-                seed=scene.seed_of(index),
-                psnr_db=psnr_db,
-                ssim=ssim,
-                ms_ssim=compute_ms_ssim(a, b) if finite else 0.0,
-                latent_cosine_min=compute_least_cosine(reference.latents[index], other.latents[index]),
-                noise_floor_psnr_db=floor_psnr_db,
-                noise_floor_ssim=floor_ssim,
-            )
-        )
-    return tuple(records)
-
-
-def _score(reference: Drawing, other: Drawing, index: int) -> tuple[float | None, float]:
-    """(PSNR in dB or None for equal pictures, SSIM)."""
-    if not np.isfinite(other.images[index]).all():
-        return 0.0, 0.0
-    a, b = to_picture(reference.images[index]), to_picture(other.images[index])
-    psnr_db = compute_psnr(a, b)
-    return (None if math.isinf(psnr_db) else psnr_db), compute_ssim(a, b)
 
 
 def _find_problem(image: ImageFidelity, limit: Limit, by_torch: FloatArray, by_engines: FloatArray) -> str:
@@ -330,10 +152,6 @@ def _explain_pass(images: Sequence[ImageFidelity], limits: Sequence[Limit], refe
     if empty := sum(find_fault(image) is not None for image in reference.images):
         text += f"; torch draws {empty} of them black or flat, too: look at the checkpoint and the prompt"
     return text
-
-
-def format_psnr(psnr_db: float | None) -> str:
-    return "∞ dB" if psnr_db is None or math.isinf(psnr_db) else f"{psnr_db:.1f} dB"
 
 
 def _shorten(prompt: str, limit: int = 60) -> str:

@@ -115,6 +115,9 @@ class FakeProcesses:
             raise self._failures[output.stem]
         return make_drawing(len(PROMPTS))
 
+    def draw_twice(self, folder: Path, manifest: Any, settings: Any, scene: Any, outputs: Any, **_: Any) -> Any:
+        return tuple(self.draw(folder, manifest, settings, scene, output) for output in outputs)
+
 
 def run_fakes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: dict[str, SdoptError], against: str, *, nan: str = "",
@@ -126,6 +129,7 @@ def run_fakes(
     monkeypatch.setattr(run_module, "call_by_name", fakes.run)
     monkeypatch.setattr(roofline_module, "call", fakes.run)
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
+    monkeypatch.setattr(run_module, "draw_twice_isolated", fakes.draw_twice)
     monkeypatch.setattr(run_module, "read_manifest", lambda folder: make_manifest())
     monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk
     monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settings
-from sdopt.fidelity.drawings import Drawing, draw_scene
+from sdopt.fidelity.compare_drawings import compare_apart, compare_drawings
+from sdopt.fidelity.drawings import Drawing, draw_isolated, draw_scene, draw_twice_isolated, read_drawing, write_drawing
+from sdopt.fidelity.references import NOISE_FLOOR, REFERENCE
 from sdopt.fidelity.scene import Scene, starts_from_image, write_scene
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.family import Family
@@ -96,6 +98,34 @@ def test_a_batch_that_is_not_full_is_drawn_too(tmp_path: Path) -> None:
     assert by_twos.images.shape[0] == by_twos.latents.shape[0] == 3
     assert told[-1] == pytest.approx(1)
     assert np.allclose(by_twos.images, draw(single, scene)[0].images, atol=1e-4)
+
+
+def test_torch_drawing_twice_in_one_process_is_torch_drawing_in_two(tmp_path: Path) -> None:
+    """The second drawing is the noise floor: by the other kernel, from the same weights and the same noise."""
+    source = write_folder(tmp_path / "source", make_model(small_recipe(Family.SD1)))
+    bundle = make_bundle(tmp_path / "bundle", source, profile=ShapeProfile.static(height_px=32, width_px=32))
+    scene = make_scene(tmp_path, bundle, "a castle", "the sea")
+    outputs = (tmp_path / "first.safetensors", tmp_path / "second.safetensors")
+    first, second = draw_twice_isolated(
+        bundle.folder, bundle.manifest, REFERENCE, scene, outputs, label="torch fp32"
+    )  # fmt: skip
+    for drawn, settings in ((first, REFERENCE), (second, NOISE_FLOOR)):
+        alone = draw_isolated(bundle.folder, bundle.manifest, settings, scene, tmp_path / "alone", label="alone")
+        assert (drawn.images == alone.images).all()
+        assert (drawn.latents == alone.latents).all()
+    assert not (first.latents == second.latents).all()
+
+
+def test_figures_of_files_are_those_of_arrays(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 64, 64, 3), dtype=np.float32)
+    latents = rng.random((2, 3, 4, 8, 8), dtype=np.float32)
+    scene = Scene(prompts=("a", "b"), seed=0, steps=3, guidance_scale=5, inputs=tmp_path / "inputs")
+    drawings = []
+    for number, shift in enumerate((0.0, 0.02, 0.001)):
+        write_drawing(Drawing(images * (1 - shift), latents + shift), tmp_path / f"{number}")
+        drawings.append(read_drawing(tmp_path / f"{number}"))
+    assert compare_apart(scene, *drawings) == compare_drawings(scene, *drawings)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from sdopt.backends.protocol import Probe
 from sdopt.bundle.records import FidelityRecord, Verdict
 from sdopt.errors import MissingHardware
 from sdopt.fidelity import candidate as candidate_module
+from sdopt.fidelity import references as references_module
 from sdopt.fidelity import verdict as verdict_module
+from sdopt.fidelity.compare_drawings import compare_drawings
 from sdopt.fidelity.drawings import Drawing, read_drawing, write_drawing
+from sdopt.fidelity.picture_limits import LIMITS, Limit
 from sdopt.fidelity.scene import Scene
-from sdopt.fidelity.verdict import LIMITS, Limit, compare_drawings, judge_drawings, judge_fidelity
+from sdopt.fidelity.verdict import judge_drawings, judge_fidelity
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings
@@ -153,14 +156,22 @@ class FakeDraws:
             raise MissingHardware("it ran out of memory")
         return self._bf16 if settings.precision is Precision.BF16 else draw()
 
+    def twice(
+        self, folder: Path, manifest: Any, settings: TorchSettings, *args: Any, **kwargs: Any
+    ) -> tuple[Drawing, Drawing]:
+        again = settings.model_copy(update={"attention": "math"})
+        return self(folder, manifest, settings), self(folder, manifest, again)
+
 
 def judge_fakes(
     monkeypatch: pytest.MonkeyPatch, engines: Drawing, bf16: Drawing, precision: Precision,
     backend: BackendSettings = CPU, too_large: TorchSettings | None = None,
 ) -> tuple[FidelityRecord, FakeDraws]:  # fmt: skip
     fakes = FakeDraws(engines, bf16, too_large)
-    monkeypatch.setattr(verdict_module, "draw_isolated", fakes)
-    monkeypatch.setattr(verdict_module, "write_scene", lambda *args: None)
+    for module in (verdict_module, references_module):
+        monkeypatch.setattr(module, "draw_isolated", fakes)
+    monkeypatch.setattr(references_module, "draw_twice_isolated", fakes.twice)
+    monkeypatch.setattr(references_module, "write_scene", lambda *args: None)
     verify = VerifySettings(prompts=SCENE.prompts, steps=3)
     judged = manifest(precision, verify=verify, backend=backend)
     return judge_fidelity(Path("bundle"), judged, Path("work")), fakes

@@ -19,17 +19,14 @@ from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
+from sdopt.fidelity import references as references_module
 from sdopt.fidelity import verdict as verdict_module
+from sdopt.fidelity.compare_drawings import compare_drawings
 from sdopt.fidelity.drawings import Drawing
+from sdopt.fidelity.picture_limits import LIMITS, PictureBudget
+from sdopt.fidelity.references import References
 from sdopt.fidelity.scene import Scene
-from sdopt.fidelity.verdict import (
-    LIMITS,
-    PictureBudget,
-    References,
-    compare_drawings,
-    judge_drawings,
-    judge_engines,
-)
+from sdopt.fidelity.verdict import judge_drawings, judge_engines
 from sdopt.model.backend_settings import OnnxRuntimeSettings, TorchSettings
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import VerifySettings
@@ -165,8 +162,10 @@ class Pictures:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **verify: Any) -> None:
         self.drawn: list[str] = []
         self.engines = draw()
-        monkeypatch.setattr(verdict_module, "draw_isolated", self._draw)
-        monkeypatch.setattr(verdict_module, "write_scene", lambda *arguments: None)
+        for module in (verdict_module, references_module):
+            monkeypatch.setattr(module, "draw_isolated", self._draw)
+        monkeypatch.setattr(references_module, "draw_twice_isolated", self._draw_twice)
+        monkeypatch.setattr(references_module, "write_scene", lambda *arguments: None)
         staging = Staging(tmp_path / "out")
         staging.folder.rmdir()
         made = make_bundle(staging.folder).manifest
@@ -180,6 +179,9 @@ class Pictures:
     def _draw(self, folder: Path, manifest: Any, settings: TorchSettings | None, *rest: Any, **more: Any) -> Drawing:
         self.drawn.append("engines" if settings is None else "torch")
         return self.engines if settings is None else draw()
+
+    def _draw_twice(self, *job: Any, **more: Any) -> tuple[Drawing, Drawing]:
+        return self._draw(*job), self._draw(*job)
 
     def verdict_on(self, engines: Drawing, digit: str) -> FidelityRecord:
         """Of a choice of blocks: what tells it from others are its files."""

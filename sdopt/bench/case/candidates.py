@@ -19,8 +19,8 @@ from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import ComponentRecord
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
+from sdopt.fidelity.picture_limits import least_precision
 from sdopt.fidelity.scene import starts_from_image
-from sdopt.fidelity.verdict import least_precision
 from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,

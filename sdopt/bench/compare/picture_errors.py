@@ -16,6 +16,7 @@ from sdopt import progress
 from sdopt.bench.case.report import PictureRecord
 from sdopt.errors import SdoptError
 from sdopt.fidelity.colour import measure_colour_error
+from sdopt.fidelity.compare_drawings import compare_drawings
 from sdopt.fidelity.drawings import Drawing
 from sdopt.fidelity.metrics import compute_cosines, to_picture
 from sdopt.fidelity.perceptual.local_weights import (
@@ -27,7 +28,6 @@ from sdopt.fidelity.perceptual.local_weights import (
     read_tensors,
 )
 from sdopt.fidelity.scene import Scene
-from sdopt.fidelity.verdict import compare_drawings
 
 if TYPE_CHECKING:
     from sdopt.fidelity.perceptual.clip import Clip

@@ -40,7 +40,7 @@ from sdopt.bench.page.summary import (
 )
 from sdopt.bench.run import BenchResult
 from sdopt.errors import MissingDependency
-from sdopt.fidelity.verdict import format_psnr
+from sdopt.fidelity.compare_drawings import format_psnr
 
 try:
     import jinja2

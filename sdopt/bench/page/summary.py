@@ -18,7 +18,8 @@ from sdopt.bench.case.report import (
 )
 from sdopt.bench.case.stats import PairVerdict, Ratio, Speed, Summary, compare_speed, judge_pair, summarize
 from sdopt.bench.measure.conditions import list_problems
-from sdopt.fidelity.verdict import find_limits, format_psnr
+from sdopt.fidelity.compare_drawings import format_psnr
+from sdopt.fidelity.picture_limits import find_limits
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 
