@@ -34,8 +34,10 @@ from sdopt.model.component import ComponentName, ComponentSpec, describe_compone
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
-from sdopt.pipeline.modules.engines import EngineUNet, EngineVAE
-from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
+from sdopt.pipeline.modules.engine_unet import EngineUNet
+from sdopt.pipeline.modules.engine_vae import EngineVAE
+from sdopt.model.samplers import SchedulerName
+from sdopt.pipeline.schedulers import make_scheduler
 
 _STEPS, _REPEATS, _GUIDANCE = 50, 7, 7.5
 _BUDGET = 0.05

@@ -15,6 +15,7 @@
     ├── CheckpointError                          the source is no model that sdopt can read
     ├── ArtifactError                            a file that sdopt wrote is damaged, foreign or of another version
     ├── CalibrationError                         a quantised layer gets no usable scale: NaN, 0 or infinity on the way
+    ├── DrawingError                             a drawing gave NaN or infinity, and no picture
     ├── ExportError                              torch could not be turned into ONNX
     └── BackendError                             a runtime refused a graph, or failed while it ran
 
@@ -103,6 +104,10 @@ class ArtifactError(SdoptError):
 
 class CalibrationError(SdoptError):
     """A drawing gave NaN or infinity, or a layer's inputs give a scale that is 0 or infinite."""
+
+
+class DrawingError(SdoptError):
+    """A drawing gave NaN or infinity. Nothing is written: the picture would be black or white."""
 
 
 class ExportError(SdoptError):

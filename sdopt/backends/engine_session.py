@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
@@ -23,6 +24,8 @@ class EngineSession(ABC):
     def __init__(self, component: ComponentFiles, engine: Any) -> None:
         self._component = component
         self.engine: Any = engine
+        # Runtimes keep the buffers of one run in an open engine, and some refuse a second run meanwhile.
+        self._running = threading.RLock()
 
     @property
     def spec(self) -> ComponentSpec:
@@ -42,9 +45,10 @@ class EngineSession(ABC):
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         check_inputs(self.spec, self.extents, inputs, self.profiles)
-        if self.engine is None:
-            raise BackendError(f"the session of {self.spec.name} is closed")
-        return self._compute(inputs)
+        with self._running:
+            if self.engine is None:
+                raise BackendError(f"the session of {self.spec.name} is closed")
+            return self._compute(inputs)
 
     @abstractmethod
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,7 +64,9 @@ class EngineSession(ABC):
         return None
 
     def close(self) -> None:
-        self.engine = None
+        """Free the engine, once a run that another thread has begun is done."""
+        with self._running:
+            self.engine = None
 
     def __enter__(self) -> Self:
         return self

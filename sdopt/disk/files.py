@@ -64,7 +64,7 @@ fsync_folder = fsync_file
 def write_file(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: temporary file beside it, fsync, rename."""
     if not path.parent.is_dir() or path.is_dir():
-        where = f"{path} is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        where = f"{path} is a folder" if path.is_dir() else f"{path.parent} is not a folder"
         raise ArtifactError(f"cannot write {path}: {where}")
     with disk_errors(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -84,7 +84,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into an error that says which file and what to do."""
+    """Turn what the system says into an error that names the file, and for a full disk or a permission what to do.
+
+    `FileExistsError` and `NotADirectoryError` stay as they are.
+    """
     try:
         yield
     except OSError as error:
@@ -95,7 +98,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ArtifactError(f"no permission to write {path}", hint="choose another folder with -o") from error
-        raise
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise  # the caller knows what is in the place of what
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:

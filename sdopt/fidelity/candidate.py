@@ -79,4 +79,7 @@ def open_candidate(
             sessions[name] = wrap(opened.enter_context(open_session(files, settings or record.backend)))
         pipeline = assemble_pipeline(folder, manifest, sessions, scheduler=_SCHEDULER)
         pipeline.set_progress_bar_config(disable=True)
+        for part in (pipeline.unet, pipeline.vae):
+            # A picture with NaN is a verdict, not the end of the comparison.
+            part.refuses_nonfinite = False
         yield pipeline

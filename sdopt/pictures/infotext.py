@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from sdopt.errors import ArtifactError
-from sdopt.tasks.draw import GenerateRequest, parse_request
+from sdopt.model.request import DrawRequest, parse_request
 
 _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -21,7 +21,7 @@ _LEAST_SETTINGS = 3
 
 
 def format_infotext(
-    request: GenerateRequest,
+    request: DrawRequest,
     *,
     size_px: tuple[int, int],
     sampler: str,
@@ -46,7 +46,7 @@ def format_infotext(
     return f"{request.prompt}{negative}\n{last}".strip()
 
 
-def parse_infotext(text: str) -> GenerateRequest:
+def parse_infotext(text: str) -> DrawRequest:
     """The request in a `parameters` text, as far as sdopt has the settings; others (hires fix, …) are left
     out.
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import struct
+import threading
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import sdopt
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.pictures.infotext import format_infotext, parse_infotext
-from sdopt.tasks.draw import GenerateRequest
+from sdopt.model.request import DrawRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,28 +48,35 @@ class PictureRecipe(BaseModel):
     sdopt: str = ""
     bundle: str = ""
     bundle_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    request: GenerateRequest
+    request: DrawRequest
 
 
 def write_picture(
-    folder: Path, image: Image.Image, recipe: PictureRecipe, *, sampler: str, model_hash: str = ""
+    output: Path, image: Image.Image, recipe: PictureRecipe, *, sampler: str, model_hash: str = ""
 ) -> Path:
-    """Write `00001-seed-slug.png` into an existing folder under the next free number; nothing is ever
-    overwritten.
+    """Write the picture and return its path; nothing is ever overwritten.
 
-    The file appears whole or not at all. Raises `MissingHardware` for a full disk, `ArtifactError` without
-    permission.
+    `output` is the .png file to write, or an existing folder, in which it is `00001-seed-slug.png` under the next free
+    number. The file appears whole or not at all. Raises `UsageError` for a file that exists, `MissingHardware` for a
+    full disk, `ArtifactError` where it cannot be written.
     """
     data = _encode(image, recipe, sampler, model_hash)
-    number = 1 + max((int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.match(path.name))), default=0)
-    temporary = folder / f".{os.getpid()}-{number}.png"
+    one_file = not output.is_dir()
+    folder = output.parent if one_file else output
+    with disk_errors(folder):
+        taken = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.match(path.name))]
+    number = 1 + max(taken, default=0)
+    temporary = folder / f".{os.getpid()}-{threading.get_ident()}-{number}.png"
     write_file(temporary, data)
     try:
         while True:
-            path = folder / f"{number:05d}-{recipe.request.seed}-{_slug(recipe.request.prompt)}.png"
+            name = f"{number:05d}-{recipe.request.seed}-{_slug(recipe.request.prompt)}.png"
+            path = output if one_file else folder / name
             with contextlib.suppress(FileExistsError), disk_errors(path):
                 _publish(temporary, path)
                 return path
+            if one_file:
+                raise UsageError(f"{path} exists, and pictures are never overwritten", hint="choose another name")
             number += 1
     finally:
         temporary.unlink(missing_ok=True)
@@ -92,7 +100,7 @@ def _publish(temporary: Path, path: Path) -> None:
 def read_recipe(path: Path) -> PictureRecipe:
     """How a picture was drawn, from its own text or, failing that, from A1111's.
 
-    Raises `UsageError` for a file that is no PNG or says nothing, `ArtifactError` for one that is damaged or
+    Raises `UsageError` for a file that is not a PNG or says nothing, `ArtifactError` for one that is damaged or
     of a newer sdopt.
     """
     texts = _read_texts(path)
@@ -148,7 +156,7 @@ def _read_texts(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             if file.read(len(_SIGNATURE)) != _SIGNATURE:
-                raise UsageError(f"{path} is no PNG file")
+                raise UsageError(f"{path} is not a PNG file")
             return dict(_texts_of(path, file))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error

@@ -14,15 +14,19 @@ from typing import Any
 import diffusers
 
 from sdopt.backends.protocol import Session
-from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.file_names import WEIGHTS_NAME
-from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
+from sdopt.pipeline.guarded_call import guarded
+from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
+from sdopt.pipeline.modules.engine_unet import EngineUNet
+from sdopt.pipeline.modules.engine_vae import EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
-from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
+from sdopt.model.samplers import SchedulerName
+from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import read_tensor
 
@@ -37,6 +41,19 @@ _REQUIRED = {
     },
     Family.SDXL_REFINER: {ComponentName.TEXT_ENCODER_2, ComponentName.UNET, ComponentName.VAE_DECODER},
 }
+
+
+_SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+
+
+def read_scheduler(folder: Path, name: SchedulerName | None) -> diffusers.SchedulerMixin:
+    """The scheduler that a bundle draws with, without opening it; None is the checkpoint's own.
+
+    Raises `ArtifactError` for a folder that is not a valid bundle, `UsageError` where the scheduler does not fit.
+    """
+    manifest = read_manifest(folder)
+    config = _read_table(folder / _SCHEDULER_CONFIG)
+    return make_scheduler(name, config, family=manifest.family, prediction=manifest.prediction)
 
 
 def assemble_pipeline(
@@ -54,10 +71,10 @@ def assemble_pipeline(
     """
     if missing := _REQUIRED[manifest.family] - sessions.keys():
         raise ArtifactError(
-            f"{folder} is no whole pipeline: it lacks {', '.join(sorted(missing))}",
+            f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}",
             hint="build the bundle again",
         )
-    bundle = OpenedBundle(manifest, _read_table(folder / "scheduler" / "scheduler_config.json"))
+    bundle = OpenedBundle(manifest, _read_table(folder / _SCHEDULER_CONFIG))
     vae = EngineVAE(
         sessions[ComponentName.VAE_DECODER],
         sessions.get(ComponentName.VAE_ENCODER),
@@ -129,6 +146,10 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _pipeline_class(manifest: BundleManifest) -> Any:
+    return guarded(_sized_class(manifest))
+
+
+def _sized_class(manifest: BundleManifest) -> Any:
     kind = _find_class(manifest)
     if manifest.profile.chunk_counts[-1] > 1:
         kind = with_long_prompts(kind)
@@ -176,5 +197,5 @@ def _read_table(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {path}: {error}", hint="sdopt check names every damaged file") from error
     if not isinstance(table, dict):
-        raise ArtifactError(f"{path} is no table")
+        raise ArtifactError(f"{path} does not hold a table")
     return table

@@ -17,7 +17,7 @@ from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import PlanRecord
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.modules.engines import EngineModule
+from sdopt.pipeline.modules.engine_module import EngineModule
 from sdopt.preflight.runnable import require_runnable, require_sound, require_trusted
 from sdopt.weights.safetensors_header import TensorRef
 

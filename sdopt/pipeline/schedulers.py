@@ -1,82 +1,24 @@
-"""Schedulers by name: a table, and the settings that a checkpoint needs of each.
+"""Schedulers of diffusers with the settings that a checkpoint needs, and how many steps each can do.
 
-The table is read without diffusers, so that `--help` can list it. A checkpoint's noise schedule and
-prediction type belong to its weights and are always kept; how steps are spaced is a choice of the sampler.
+A checkpoint's noise schedule and prediction type belong to its weights and are always kept; how steps are spaced is a
+choice of the sampler.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-import re
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
+from sdopt.model.samplers import SCHEDULERS, SchedulerEntry, SchedulerName, parse_scheduler
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-
-class SchedulerName(StrEnum):
-    """What `--scheduler` takes. Case, spaces, hyphens and underscores do not matter."""
-
-    DDIM = "ddim"
-    DDPM = "ddpm"
-    PNDM = "pndm"
-    LMS = "lms"
-    EULER = "euler"
-    EULER_A = "euler_a"
-    HEUN = "heun"
-    DPMPP_2M = "dpm++2m"
-    DPMPP_2M_KARRAS = "dpm++2m_karras"
-    DPMPP_2M_SDE = "dpm++2m_sde"
-    DPMPP_2M_SDE_KARRAS = "dpm++2m_sde_karras"
-    KDPM2 = "kdpm2"
-    KDPM2_A = "kdpm2_a"
-    UNIPC = "unipc"
-    DEIS = "deis"
-    LCM = "lcm"
-
-
-@dataclass(frozen=True)
-class SchedulerEntry:
-    """A class of diffusers, the sampler's name in A1111's infotext, and settings that make the class this
-    sampler.
-    """
-
-    diffusers_class: str
-    label: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-_KARRAS = {"use_karras_sigmas": True}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
-
-SCHEDULERS: Mapping[SchedulerName, SchedulerEntry] = {
-    SchedulerName.DDIM: SchedulerEntry("DDIMScheduler", "DDIM", {"set_alpha_to_one": False}),
-    SchedulerName.DDPM: SchedulerEntry("DDPMScheduler", "DDPM"),
-    SchedulerName.PNDM: SchedulerEntry("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
-    SchedulerName.LMS: SchedulerEntry("LMSDiscreteScheduler", "LMS"),
-    SchedulerName.EULER: SchedulerEntry("EulerDiscreteScheduler", "Euler"),
-    SchedulerName.EULER_A: SchedulerEntry("EulerAncestralDiscreteScheduler", "Euler a"),
-    SchedulerName.HEUN: SchedulerEntry("HeunDiscreteScheduler", "Heun"),
-    SchedulerName.DPMPP_2M: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    SchedulerName.DPMPP_2M_KARRAS: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
-    SchedulerName.DPMPP_2M_SDE: SchedulerEntry("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
-    SchedulerName.DPMPP_2M_SDE_KARRAS: SchedulerEntry(
-        "DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", _SDE | _KARRAS
-    ),
-    SchedulerName.KDPM2: SchedulerEntry("KDPM2DiscreteScheduler", "DPM2"),
-    SchedulerName.KDPM2_A: SchedulerEntry("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
-    SchedulerName.UNIPC: SchedulerEntry("UniPCMultistepScheduler", "UniPC"),
-    SchedulerName.DEIS: SchedulerEntry("DEISMultistepScheduler", "DEIS"),
-    SchedulerName.LCM: SchedulerEntry("LCMScheduler", "LCM"),
-}
 
 # What the weights were trained with. Everything else in a scheduler's config belongs to the sampler that
 # wrote it.
@@ -96,20 +38,6 @@ _PUBLISHED = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-
-
-def parse_scheduler(text: str) -> SchedulerName:
-    """A scheduler by its name or by A1111's: `dpm++2m_karras`, `DPM++ 2M Karras`. Raises `UsageError` with
-    the nearest.
-    """
-    known: dict[str, SchedulerName] = {}
-    for name, entry in SCHEDULERS.items():
-        known |= {_squeeze(name): name, _squeeze(entry.label): name}
-    if found := known.get(_squeeze(text)):
-        return found
-    near = difflib.get_close_matches(_squeeze(text), known, n=1)
-    guess = f"did you mean {known[near[0]].value!r}? " if near else ""
-    raise UsageError(f"there is no scheduler {text!r}", hint=f"{guess}Known: {', '.join(SchedulerName)}")
 
 
 def make_scheduler(
@@ -206,7 +134,10 @@ def _diffusers_class(name: str) -> Any:
 
 @functools.cache
 def _with_host_timesteps(kind: Any) -> Any:
-    """The class with its timesteps on the CPU, wherever the latents are. It keeps its name, by which configs know it.
+    """The class with its timesteps on the CPU, wherever the latents are, for one drawing at a time.
+
+    It keeps its name, by which configs know it. A drawing whose steps another thread has reset is refused: it would go
+    on with the other's noise levels, and give a wrong picture.
 
     DDIM, DDPM, PNDM and LCM look each timestep up in a table on the CPU: from a GPU, the host would wait in every step
     until the GPU has done all that it has. (Schedulers that add noise still wait, because a generator of the CPU makes
@@ -218,11 +149,17 @@ def _with_host_timesteps(kind: Any) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.arguments["device"] = "cpu"
+        self._drawing_thread = threading.get_ident()
         kind.set_timesteps(*bound.args, **bound.kwargs)
 
-    members = {"set_timesteps": set_timesteps, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_drawing_thread", None) not in (None, threading.get_ident()):
+            raise UsageError(
+                "another thread began to draw with the same scheduler, which counts the steps of one drawing",
+                hint="draw with the pipeline of sdopt.load, whose calls queue, or give each pipeline its own scheduler",
+            )
+        return kind.step(self, *args, **kwargs)
+
+    members = {"set_timesteps": set_timesteps, "step": step, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), members)
-
-
-def _squeeze(text: str) -> str:
-    return re.sub(r"[\s_\-]+", "", text.lower())

@@ -16,7 +16,9 @@ from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network
 from sdopt.pipeline.batches import run_rows
-from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
+from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
+from sdopt.pipeline.modules.engine_unet import EngineUNet
+from sdopt.pipeline.modules.engine_vae import EngineVAE
 from tests.reference_session import ReferenceSession
 
 UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "block_out_channels": [8, 16]}

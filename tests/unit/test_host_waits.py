@@ -17,8 +17,11 @@ from sdopt.model.component import ComponentName, ComponentSpec, describe_compone
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
-from sdopt.pipeline.modules.engines import EngineTextEncoder, EngineUNet, EngineVAE
-from sdopt.pipeline.schedulers import SchedulerName, make_scheduler
+from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
+from sdopt.pipeline.modules.engine_unet import EngineUNet
+from sdopt.pipeline.modules.engine_vae import EngineVAE
+from sdopt.model.samplers import SchedulerName
+from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -18,7 +18,8 @@ from sdopt.errors import ArtifactError, ShapeError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.tasks.draw import GenerateRequest, generate, generate_all, parse_request
+from sdopt.model.request import TextToImage, parse_request
+from sdopt.tasks.draw import generate, generate_all
 from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -200,7 +201,7 @@ def test_endless_tokenizers_are_cut_to_the_engine(tmp_path: Path) -> None:
 
 
 def test_generate_is_the_pipeline_with_a_seed(pipe: Any) -> None:
-    image = generate(pipe, GenerateRequest(prompt=PROMPT, seed=3, steps=4))
+    image = generate(pipe, TextToImage(prompt=PROMPT, seed=3, steps=4))
     again = draw(pipe, PROMPT, generator=seeded(3), num_inference_steps=4)
     np.testing.assert_array_equal(np.asarray(image), (again[0] * 255).round().astype(np.uint8))
 
@@ -223,13 +224,13 @@ def test_pictures_do_not_depend_on_their_neighbours(tmp_path: Path, pipe: Any) -
 
 def test_generate_refuses_what_cannot_be_drawn(pipe: Any, plain: Any) -> None:
     with pytest.raises(UsageError, match="smaller than `num_inference_steps`: 60"):
-        generate(pipe, GenerateRequest(prompt="x", steps=60, scheduler="lcm"))
+        generate(pipe, TextToImage(prompt="x", steps=60, scheduler="lcm"))
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     with pytest.raises(UsageError, match="cannot draw"):
-        generate(pipe, GenerateRequest(prompt="x", steps=1, clip_skip=12))
+        generate(pipe, TextToImage(prompt="x", steps=1, clip_skip=12))
     with pytest.raises(UsageError, match="not loaded from a bundle"):
-        generate(plain, GenerateRequest(prompt="x", scheduler="euler"))
-    assert generate(plain, GenerateRequest(prompt="x", steps=1)).size == (64, 64)
+        generate(plain, TextToImage(prompt="x", scheduler="euler"))
+    assert generate(plain, TextToImage(prompt="x", steps=1)).size == (64, 64)
 
 
 @pytest.mark.parametrize(

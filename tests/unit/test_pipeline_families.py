@@ -19,7 +19,8 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.tasks.draw import GenerateRequest, generate
+from sdopt.model.request import TextToImage
+from sdopt.tasks.draw import generate
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 
@@ -154,7 +155,7 @@ def test_draws_what_torch_draws_at_the_bundles_size(case: str, pipe: Any, plain:
 
 
 def test_generate_draws_from_a_prompt_or_says_what_is_missing(case: str, pipe: Any) -> None:
-    request = GenerateRequest(prompt=PROMPT, steps=2, scheduler="dpm++2m")
+    request = TextToImage(prompt=PROMPT, steps=2, scheduler="dpm++2m")
     if not picture_inputs(case):
         assert generate(pipe, request).size == (48, 32)
         return

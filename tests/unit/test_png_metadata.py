@@ -19,8 +19,8 @@ from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
-from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName
-from sdopt.tasks.draw import GenerateRequest
+from sdopt.model.samplers import SCHEDULERS, SchedulerName
+from sdopt.model.request import TextToImage
 from tests.reference_session import make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -36,7 +36,7 @@ FOREIGN = (
 
 
 def recipe_of(**values: Any) -> PictureRecipe:
-    request = GenerateRequest(**{"prompt": "a red circle"} | values)
+    request = TextToImage(**{"prompt": "a red circle"} | values)
     return PictureRecipe(sdopt="0.1.0", bundle="tiny", bundle_sha256="ab" * 32, request=request)
 
 
@@ -130,7 +130,7 @@ def _no_links(self: Path, target: Path) -> None:
 def test_foreign_infotext_is_understood(tmp_path: Path) -> None:
     recipe = read_recipe(save_with(tmp_path / "a.png", parameters=FOREIGN))
     assert recipe.bundle_sha256 == ""
-    assert recipe.request == GenerateRequest(
+    assert recipe.request == TextToImage(
         prompt="a castle, (oil painting:1.2)\nby the sea",
         negative_prompt="fog, rain,\nblur",
         steps=25,
@@ -171,7 +171,7 @@ _LINE = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_
 def test_infotext_round_trip(
     prompt: str, negative: str, scheduler: SchedulerName, scale: float, seed: int, skip: int | None
 ) -> None:
-    request = GenerateRequest(
+    request = TextToImage(
         prompt=prompt,
         negative_prompt=negative or None,
         scheduler=scheduler,
@@ -192,7 +192,7 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         request = parse_infotext(text)
     except SdoptError:
         return
-    assert isinstance(request, GenerateRequest)
+    assert isinstance(request, TextToImage)
 
 
 def test_files_that_say_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from sdopt.model.family import Family
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer
-from sdopt.tasks.draw import generate, generate_all, parse_request
+from sdopt.model.request import parse_request
+from sdopt.tasks.draw import generate, generate_all
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.pipeline.schedulers import SCHEDULERS, SchedulerName, label_of, make_scheduler, parse_scheduler
-from sdopt.tasks.draw import GenerateRequest, generate
+from sdopt.model.samplers import SCHEDULERS, SchedulerName, parse_scheduler
+from sdopt.pipeline.schedulers import label_of, make_scheduler
+from sdopt.model.request import TextToImage
+from sdopt.tasks.draw import generate
 from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -61,7 +63,7 @@ def test_table_covers_every_name() -> None:
 
 def test_names_are_read_without_diffusers_or_torch() -> None:
     code = (
-        "import sys; from sdopt.pipeline.schedulers import parse_scheduler; parse_scheduler('Euler a');"
+        "import sys; from sdopt.model.samplers import parse_scheduler; parse_scheduler('Euler a');"
         "import sdopt.tasks.draw, sdopt.cli.generate;"
         "assert not {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()"
     )
@@ -107,7 +109,7 @@ def test_unknown_name_gets_the_nearest() -> None:
 def test_draws_the_colour_and_what_torch_draws(name: SchedulerName, pipes: tuple[Any, Any]) -> None:
     ours, plain = pipes
     # LCM needs a distilled model; on this one it blurs, yet has to blur as torch does.
-    request = GenerateRequest(prompt="a large red circle on a blue background", seed=5, steps=20, scheduler=name)
+    request = TextToImage(prompt="a large red circle on a blue background", seed=5, steps=20, scheduler=name)
     drawn = np.asarray(generate(ours, request)).astype(float)
     plain.scheduler = make(name, json.loads((TINY_SHAPES / "scheduler" / "scheduler_config.json").read_text()))
     expected = np.asarray(generate(plain, request.model_copy(update={"scheduler": None}))).astype(float)

@@ -117,9 +117,10 @@ class TensorRTSession(EngineSession):
         )
 
     def close(self) -> None:
-        for plan in (self.engine or {}).values():
-            plan.close()
-        super().close()
+        with self._running:
+            for plan in (self.engine or {}).values():
+                plan.close()
+            super().close()
 
 
 def choose_plan(component: ComponentFiles, sizes: Mapping[str, int]) -> PlanRecord:

@@ -17,7 +17,8 @@ from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.shape import CHUNK_TOKENS, Extent
-from sdopt.pipeline.schedulers import SchedulerName, make_scheduler, parse_scheduler
+from sdopt.model.samplers import SchedulerName, parse_scheduler
+from sdopt.pipeline.schedulers import make_scheduler
 
 _KINDS = {SchedulerName.EULER: "EulerDiscreteScheduler", SchedulerName.DDIM: "DDIMScheduler"}
 _NUMPY_TYPES = {DType.FP32: "float32", DType.FP16: "float16", DType.INT64: "int64", DType.INT32: "int32"}

@@ -1,0 +1,118 @@
+"""Requests to picture files: open the bundle, draw, name and write. What `sdopt generate` does, as a function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sdopt
+from sdopt.disk.files import disk_errors
+from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.request import DrawRequest
+from sdopt.model.samplers import SCHEDULERS
+from sdopt.pictures.png import PictureRecipe, write_picture
+from sdopt.tasks.prepare import read_prompts
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture that was written, and what it was drawn with. `sampler` is A1111's name of the scheduler."""
+
+    path: Path
+    sampler: str
+    request: DrawRequest
+    width_px: int
+    height_px: int
+
+    def to_table(self) -> dict[str, Any]:
+        """As `sdopt generate --json` prints it."""
+        return {
+            "path": str(self.path),
+            "sampler": self.sampler,
+            **self.request.model_dump(mode="json"),
+            "width_px": self.width_px,
+            "height_px": self.height_px,
+        }
+
+
+def draw_files(
+    folder: Path,
+    output: Path,
+    requests: Sequence[DrawRequest],
+    *,
+    trust_engines: Iterable[str] = (),
+    names: Mapping[str, str] | None = None,
+    on_bundle: Callable[[str], None] = lambda digest: None,
+    on_step: Callable[[float], None] | None = None,
+) -> list[DrawnPicture]:
+    """Draw the requests with the bundle in `folder`, and write each picture as soon as it is drawn.
+
+    `output` is a folder, made where it is missing, or the .png file of the only picture; nothing is overwritten.
+    `on_bundle` is told the digest of the bundle before anything is drawn, `on_step` the share of the work done, and
+    `names` are what the user calls the fields of a request. Raises what `draw_pictures` and `sdopt.load` raise,
+    `UsageError` for an output that cannot be, and `ArtifactError` or `MissingHardware` where it cannot be written.
+    """
+    from sdopt.pipeline.assemble import read_scheduler
+    from sdopt.pipeline.load import close_engines, load_pipeline
+    from sdopt.pipeline.opened import opened_bundle
+    from sdopt.pipeline.step_limit import require_steps
+    from sdopt.tasks.draw import draw_pictures
+
+    for request in requests:
+        read_prompts(request)
+    _require_output(output, len(requests))
+    for request in requests:
+        # Opening a large bundle takes long; its scheduler is a small file.
+        require_steps(read_scheduler(folder, request.scheduler), request.steps, name=(names or {}).get("steps", "steps"))
+    pipe = load_pipeline(folder, trust_engines=trust_engines)
+    try:
+        pipe.set_progress_bar_config(disable=True)
+        bundle = opened_bundle(pipe)
+        on_bundle(bundle.digest)
+        images = draw_pictures(pipe, requests, names=names, on_step=on_step)
+        return [_write(output, pipe, request, image) for request, image in zip(requests, images, strict=True)]
+    finally:
+        close_engines(pipe)
+
+
+def is_picture(output: Path) -> bool:
+    """Whether an output names a file, and not the folder to write to."""
+    return output.suffix.lower() == ".png" and not output.is_dir()
+
+
+def _write(output: Path, pipe: Any, request: DrawRequest, image: Any) -> DrawnPicture:
+    from sdopt.pipeline.opened import opened_bundle
+    from sdopt.pipeline.schedulers import label_of
+
+    bundle = opened_bundle(pipe)
+    manifest = bundle.manifest
+    sampler = label_of(pipe.scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
+    recipe = PictureRecipe(sdopt=sdopt.__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
+    path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
+    return DrawnPicture(path, sampler, request, image.width, image.height)
+
+
+def _require_output(output: Path, pictures: int) -> None:
+    """Make the folder, and see that a file can be put into it, before hours of drawing."""
+    folder = output
+    if is_picture(output):
+        if pictures > 1:
+            raise UsageError(
+                f"{output} is one file, and {pictures} pictures are asked for",
+                hint=f"sdopt numbers and names them in a folder: -o {output.with_suffix('')}",
+            )
+        if os.path.lexists(output):
+            raise UsageError(f"{output} exists, and pictures are never overwritten", hint="choose another name with -o")
+        folder = output.parent
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{folder} cannot be a folder: a file is in its place", hint="choose another with -o"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"no permission to write into {folder}", hint="choose another folder with -o")

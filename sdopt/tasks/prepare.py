@@ -1,0 +1,130 @@
+"""A request against the pipeline that is to draw it: whatever can be refused is refused here, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdopt.errors import UsageError
+from sdopt.model.family import Family
+from sdopt.model.request import DrawRequest, ImageToImage, Inpaint, TextToImage
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from PIL import Image
+
+    from sdopt.pipeline.prompt_syntax import LiteralPrompt
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request whose prompts are words, whose scheduler is made, and whose pictures are open."""
+
+    request: DrawRequest
+    prompt: LiteralPrompt
+    negative_prompt: LiteralPrompt | None
+    scheduler: SchedulerMixin
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+
+def read_prompts(request: DrawRequest) -> tuple[LiteralPrompt, LiteralPrompt | None]:
+    """The words of a request's prompts. Raises `UsageError` for syntax that would be drawn as words."""
+    from sdopt.pipeline.prompt_syntax import read_literally
+
+    negative = request.negative_prompt
+    return read_literally(request.prompt), None if negative is None else read_literally(negative)
+
+
+def prepare(
+    pipe: DiffusionPipeline, requests: Sequence[DrawRequest], names: Mapping[str, str] | None = None
+) -> list[PreparedRequest]:
+    """Check every request, in order. `names` are what the user calls the fields.
+
+    Raises `UsageError` for what this pipeline cannot draw, `ShapeError` for a size that it was not built for.
+    """
+    from sdopt.pipeline.step_limit import require_steps
+
+    schedulers: dict[str | None, SchedulerMixin] = {None: pipe.scheduler}
+    prepared = []
+    for request in requests:
+        prompt, negative = read_prompts(request)
+        _check_task(pipe, request)
+        if request.scheduler not in schedulers:
+            schedulers[request.scheduler] = _make_scheduler(pipe, request.scheduler)
+        scheduler = schedulers[request.scheduler]
+        require_steps(scheduler, request.steps, name=(names or {}).get("steps", "steps"))
+        image, mask = _open_pictures(request)
+        _check_size(pipe, request, image)
+        prepared.append(PreparedRequest(request, prompt, negative, scheduler, image, mask))
+    return prepared
+
+
+def _make_scheduler(pipe: DiffusionPipeline, name: Any) -> SchedulerMixin:
+    from sdopt.pipeline.opened import opened_bundle
+    from sdopt.pipeline.schedulers import make_scheduler
+
+    bundle = opened_bundle(pipe)
+    manifest = bundle.manifest
+    return make_scheduler(name, bundle.scheduler_config, family=manifest.family, prediction=manifest.prediction)
+
+
+def _check_task(pipe: DiffusionPipeline, request: DrawRequest) -> None:
+    bundle = getattr(pipe.unet, "bundle", None)
+    if bundle is None:
+        return
+    name, inpainting = bundle.manifest.name, bundle.manifest.inpainting
+    refiner = bundle.manifest.family is Family.SDXL_REFINER
+    if isinstance(request, TextToImage) and (inpainting or refiner):
+        kind = "an inpainting model" if inpainting else "the SDXL refiner"
+        example = "image=…, mask_image=…" if inpainting else "image=…"
+        raise UsageError(
+            f"{name} is {kind}, which starts from a picture and not from a prompt alone",
+            hint=f"from Python: sdopt.load(folder)(prompt=…, {example})",
+        )
+    if isinstance(request, ImageToImage) and inpainting:
+        raise UsageError(f"{name} is an inpainting model, which needs a mask", hint='give the task "inpaint" and a mask')
+
+
+def _open_pictures(request: DrawRequest) -> tuple[Image.Image | None, Image.Image | None]:
+    if isinstance(request, TextToImage):
+        return None, None
+    image = _open_picture(request.image, "RGB")
+    if not isinstance(request, Inpaint):
+        return image, None
+    mask = _open_picture(request.mask, "L")
+    if mask.size != image.size:
+        raise UsageError(
+            f"the mask {request.mask} has {mask.width}x{mask.height} px, and {request.image} has "
+            f"{image.width}x{image.height} px",
+            hint="give a mask of the picture's size",
+        )
+    return image, mask
+
+
+def _open_picture(path: Path, mode: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path} is not a picture that can be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the picture {path}: {error.strerror or error}") from error
+
+
+def _check_size(pipe: DiffusionPipeline, request: DrawRequest, image: Image.Image | None) -> None:
+    """Before any work, and before diffusers, which knows no profiles."""
+    bundle = getattr(pipe.unet, "bundle", None)
+    if bundle is None:
+        return
+    usual = bundle.manifest.profile
+    width_px, height_px = (usual.width_px.opt, usual.height_px.opt) if image is None else image.size
+    if isinstance(request, TextToImage):
+        if request.width_px is request.height_px is None:
+            return
+        width_px, height_px = request.width_px or width_px, request.height_px or height_px
+    pipe.unet.check_size(width_px, height_px)
