@@ -33,10 +33,10 @@ from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
+from sdopt.model.samplers import SchedulerName
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.modules.engine_unet import EngineUNet
 from sdopt.pipeline.modules.engine_vae import EngineVAE
-from sdopt.model.samplers import SchedulerName
 from sdopt.pipeline.schedulers import make_scheduler
 
 _STEPS, _REPEATS, _GUIDANCE = 50, 7, 7.5

@@ -10,6 +10,7 @@ from typing import Any
 from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
 from sdopt.checkpoint.match import match_component
+from sdopt.checkpoint.scheduler_class import require_known_scheduler
 from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, read_json
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
@@ -45,6 +46,7 @@ def open_folder(folder: Path, source: SourceRecord) -> Checkpoint:
     )
     components.update(open_vae_folder(folder / "vae"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    require_known_scheduler(scheduler, str(folder))
     return Checkpoint(
         source=source.model_copy(update={"licence": source.licence or read_licence(folder)}),
         family=family,

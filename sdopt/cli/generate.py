@@ -12,17 +12,26 @@ import rich_click as click
 
 from sdopt import progress
 from sdopt.cli.text import TRUST_ENGINE_HELP
-from sdopt.disk.files import disk_errors
 from sdopt.errors import UsageError
+from sdopt.model.request import DrawRequest, parse_request
+from sdopt.model.samplers import SchedulerName
 from sdopt.model.shape import parse_size
-from sdopt.pipeline.schedulers import SchedulerName
-from sdopt.tasks.draw import GenerateRequest, parse_request
+from sdopt.tasks.draw_files import draw_files
 
 if TYPE_CHECKING:
     from sdopt.pictures.png import PictureRecipe
-    from sdopt.pipeline.opened import OpenedBundle
 
 _NAMES = ", ".join(SchedulerName)
+_FLAGS = {
+    "prompt": "the prompt",
+    "negative_prompt": "--negative",
+    "steps": "--steps",
+    "guidance_scale": "--scale",
+    "seed": "--seed",
+    "width_px": "the width of --size",
+    "height_px": "the height of --size",
+    "scheduler": "--scheduler",
+}
 
 
 @click.command()
@@ -34,11 +43,11 @@ _NAMES = ", ".join(SchedulerName)
     type=click.Path(path_type=Path),
     default=Path("pictures"),
     show_default=True,
-    help="Folder to write to.",
+    help="Folder to write to; for one picture, also the PNG file.",
 )
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
 @click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
-@click.option("--scale", type=float, help="How strongly the prompt guides; up to 1 is not at all.  [default: 7.5]")
+@click.option("--scale", type=float, help="Guidance scale (CFG). 1 or less turns guidance off.  [default: 7.5]")
 @click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
 @click.option("--size", metavar="WxH", help="One that the bundle was built for.  [default: its first]")
 @click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
@@ -65,8 +74,9 @@ def generate(
 ) -> None:
     """Draw a picture for each PROMPT with the bundle in FOLDER.
 
-    Pictures are numbered and never overwrite another; several are put on one sheet, too. A prompt may have as many
-    tokens as the bundle was built for: 75, or with --tokens of sdopt convert up to 225.
+    Pictures are numbered and never overwrite another; several are also put on one sheet. A prompt may have as many
+    tokens as the bundle was built for: 75, or with --tokens of sdopt convert up to 225. Weights, LoRAs and other prompt
+    syntax are refused; a backslash makes a bracket literal: "a photo \\(2019\\)".
     """
     flags = {
         "negative_prompt": negative,
@@ -80,17 +90,17 @@ def generate(
         given["width_px"], given["height_px"] = parse_size(size)
     recipe = _read(from_image)
     requests = _make_requests(recipe, prompts, given)
-    if output.suffix.lower() == ".png":
-        raise UsageError(
-            f"-o takes a folder, and {output} looks like a picture",
-            hint=f"sdopt numbers and names the pictures: -o {output.parent}",
-        )
     with progress.shown_on_stderr():
-        drawn = _draw_into(folder, output, requests, recipe, trust_engines)
-    grid = _write_grid([Path(picture["path"]) for picture in drawn])
+        drawn = draw_files(
+            folder, output, requests, trust_engines=trust_engines, names=_FLAGS,
+            on_bundle=lambda digest: _compare_bundles(recipe, digest),
+            on_step=lambda share: progress.update("drawing", share),
+        )  # fmt: skip
+    grid = _write_grid([picture.path for picture in drawn])
     if as_json:
-        print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": drawn, "grid": grid}))
-    for path in [*(picture["path"] for picture in drawn), *([grid] if grid else [])]:
+        pictures = [picture.to_table() for picture in drawn]
+        print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": pictures, "grid": grid}))
+    for path in [*(picture.path for picture in drawn), *([grid] if grid else [])]:
         print(path, file=sys.stderr)
 
 
@@ -116,75 +126,19 @@ def _read(from_image: Path | None) -> PictureRecipe | None:
     return recipe
 
 
-def _make_requests(
-    recipe: PictureRecipe | None, prompts: tuple[str, ...], given: dict[str, Any]
-) -> list[GenerateRequest]:
+def _make_requests(recipe: PictureRecipe | None, prompts: tuple[str, ...], given: dict[str, Any]) -> list[DrawRequest]:
     if recipe is None and not prompts:
         raise UsageError(
             "there is nothing to draw",
             hint='give a prompt, as in: sdopt generate FOLDER "a large red circle"',
         )
     base = {"seed": secrets.randbits(32)} if recipe is None else recipe.request.model_dump()
-    base |= given
-    texts = prompts or (base["prompt"],)
-    return [parse_request(base | {"prompt": text, "seed": base["seed"] + i}) for i, text in enumerate(texts)]
+    # The first alone: a seed that is not possible is said as it was given, and not with what is added for the others.
+    first = parse_request(base | given | {"prompt": prompts[0] if prompts else base["prompt"]}, names=_FLAGS)
+    others = [{"prompt": text, "seed": first.seed + number} for number, text in enumerate(prompts[1:], 1)]
+    return [first, *(parse_request(first.model_dump() | each, names=_FLAGS) for each in others)]
 
 
-def _draw_into(
-    folder: Path,
-    output: Path,
-    requests: list[GenerateRequest],
-    recipe: PictureRecipe | None,
-    trust_engines: tuple[str, ...],
-) -> list[dict[str, Any]]:
-    from sdopt.pipeline.load import close_engines, load_pipeline
-    from sdopt.pipeline.opened import opened_bundle
-    from sdopt.tasks.draw import generate_all
-
-    _make_folder(output)
-    pipe = load_pipeline(folder, trust_engines=trust_engines)
-    try:
-        pipe.set_progress_bar_config(disable=True)
-        bundle = opened_bundle(pipe)
-        if recipe is not None and recipe.bundle_sha256 not in ("", bundle.digest):
-            print(
-                f"the picture was drawn by another bundle, {recipe.bundle!r}: this one may differ",
-                file=sys.stderr,
-            )
-        images = generate_all(pipe, requests, on_step=lambda share: progress.update("drawing", share))
-        return [
-            _write(output, image, request, bundle, pipe.scheduler)
-            for request, image in zip(requests, images, strict=True)
-        ]
-    finally:
-        close_engines(pipe)
-
-
-def _write(
-    output: Path, image: Any, request: GenerateRequest, bundle: OpenedBundle, own_scheduler: Any
-) -> dict[str, Any]:
-    import sdopt
-    from sdopt.pictures.png import PictureRecipe, write_picture
-    from sdopt.pipeline.schedulers import SCHEDULERS, label_of
-
-    manifest = bundle.manifest
-    sampler = label_of(own_scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
-    recipe = PictureRecipe(sdopt=sdopt.__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
-    path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
-    return {
-        "path": str(path),
-        "sampler": sampler,
-        **request.model_dump(mode="json"),
-        "width_px": image.width,
-        "height_px": image.height,
-    }
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        with disk_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(
-            f"{output} cannot be a folder: a file is in its place", hint="choose another with -o"
-        ) from error
+def _compare_bundles(recipe: PictureRecipe | None, digest: str) -> None:
+    if recipe is not None and recipe.bundle_sha256 not in ("", digest):
+        print(f"the picture was drawn by another bundle, {recipe.bundle!r}: this one may differ", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ from sdopt.cli.text import neutralise
 from sdopt.errors import SdoptError
 
 _INTERRUPTED = 130
+# Set, an unexpected error keeps its stack trace.
+_TRACE = "SDOPT_TRACE"
 
 _COMMANDS = {
     "convert": "Turn a checkpoint into a verified bundle of engines.",
@@ -69,7 +72,20 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted; what is done is kept, run the same command to go on", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+    except Exception as error:
+        if os.environ.get(_TRACE):
+            raise
+        _report(type(error).__name__, *_describe_unexpected(error))
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _describe_unexpected(error: Exception) -> tuple[str, str]:
+    """A sentence for what sdopt did not foresee, and how to see where it comes from."""
+    said = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    again = shlex.join(["sdopt", *sys.argv[1:]])
+    return f"sdopt did not expect this: {what}", f"please report it, with what this shows: {_TRACE}=1 {again}"
 
 
 def _report(kind: str, message: str, hint: str) -> None:

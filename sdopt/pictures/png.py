@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import sdopt
+from sdopt._version import __version__
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.request import TASKS, DrawRequest
 from sdopt.pictures.infotext import format_infotext, parse_infotext
-from sdopt.model.request import DrawRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,7 +124,7 @@ def _parse_recipe(path: Path, text: str) -> PictureRecipe:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
+        where = ".".join(str(part) for part in first["loc"] if part not in TASKS) or "recipe"
         raise ArtifactError(
             f"{path}: its recipe is damaged or of a newer sdopt: {where}: {first['msg']}",
             hint="pip install --upgrade sdopt",
@@ -136,7 +136,7 @@ def _encode(image: Image.Image, recipe: PictureRecipe, sampler: str, model_hash:
 
     infotext = format_infotext(
         recipe.request, size_px=image.size, sampler=sampler, model=recipe.bundle, model_hash=model_hash,
-        version=f"sdopt {sdopt.__version__}",
+        version=f"sdopt {__version__}",
     )  # fmt: skip
     texts = PngInfo()
     # PIL writes tEXt, and iTXt (UTF-8) where Latin-1 does not have a character.

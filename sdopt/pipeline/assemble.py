@@ -19,13 +19,13 @@ from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.file_names import WEIGHTS_NAME
+from sdopt.model.samplers import SchedulerName
 from sdopt.pipeline.guarded_call import guarded
 from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
 from sdopt.pipeline.modules.engine_unet import EngineUNet
 from sdopt.pipeline.modules.engine_vae import EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
-from sdopt.model.samplers import SchedulerName
 from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import read_tensor

@@ -26,7 +26,10 @@ _LIBRARIES = {"diffusers", "transformers", "tokenizers", "torch", "numpy", "scip
 
 
 def guarded(kind: Any) -> Any:
-    """The pipeline's class with guarded calls. It keeps its name, by which `AutoPipelineFor….from_pipe` finds others."""
+    """The pipeline's class with guarded calls.
+
+    It keeps its name, by which `AutoPipelineFor….from_pipe` finds its relatives.
+    """
     signature = inspect.signature(kind.__call__)
 
     @functools.wraps(kind.__call__)

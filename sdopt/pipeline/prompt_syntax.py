@@ -8,14 +8,14 @@ The rule, for text that no backslash escapes:
 - `[` with any text behind it: less attention, `[from:to:0.5]` or `[a|b]` of A1111. A `]` without a `[` is a character.
 - `{` with a later `}`: `{a|b}` of dynamic prompts and ComfyUI, `{word}` of NovelAI.
 - `BREAK` and `AND` in capitals, as words of their own.
-- `<name:…>`, such as `<lora:x:1>` and `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and `a < b`
-  are characters.
+- `<name:…>`, such as `<lora:x:1>` and `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and
+  `a < b` are characters.
 - `embedding:name` of ComfyUI, at the start of a word; `embedding: name` is words.
 - `__name__`, a wildcard of dynamic prompts. `snake_case`, `^__^` and `____` are characters.
 - `--name` at the start of a word and `word::2`, of Midjourney. `--` alone and `16:9` are characters.
 
-A backslash before one of `( ) [ ] { } < > _ - :` or before another backslash, or before `BREAK`, `AND` and `embedding:`,
-makes it literal and is itself not drawn, as A1111 does for brackets. Any other backslash is a character.
+A backslash before one of `( ) [ ] { } < > _ - :` or before another backslash, or before `BREAK`, `AND` and
+`embedding:`, makes it literal and is itself not drawn, as A1111 does for brackets. Any other backslash is a character.
 """
 
 from __future__ import annotations

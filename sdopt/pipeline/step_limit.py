@@ -60,7 +60,8 @@ def _find_limit(scheduler: SchedulerMixin, steps: int) -> int:
 
 def _try(scheduler: SchedulerMixin, steps: int) -> str:
     config = json.dumps(dict(scheduler.config), sort_keys=True, default=list)
-    return _run(type(scheduler), config, steps)
+    kind: Any = type(scheduler)
+    return _run(kind, config, steps)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sdopt
+from sdopt._version import __version__
 from sdopt.disk.files import disk_errors
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.request import DrawRequest
@@ -66,7 +66,9 @@ def draw_files(
     _require_output(output, len(requests))
     for request in requests:
         # Opening a large bundle takes long; its scheduler is a small file.
-        require_steps(read_scheduler(folder, request.scheduler), request.steps, name=(names or {}).get("steps", "steps"))
+        require_steps(
+            read_scheduler(folder, request.scheduler), request.steps, name=(names or {}).get("steps", "steps")
+        )
     pipe = load_pipeline(folder, trust_engines=trust_engines)
     try:
         pipe.set_progress_bar_config(disable=True)
@@ -90,7 +92,7 @@ def _write(output: Path, pipe: Any, request: DrawRequest, image: Any) -> DrawnPi
     bundle = opened_bundle(pipe)
     manifest = bundle.manifest
     sampler = label_of(pipe.scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
-    recipe = PictureRecipe(sdopt=sdopt.__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
+    recipe = PictureRecipe(sdopt=__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
     path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
     return DrawnPicture(path, sampler, request, image.width, image.height)
 

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def group_requests(
-    pipe: DiffusionPipeline, requests: Sequence[PreparedRequest]
-) -> Iterator[Sequence[PreparedRequest]]:
+def group_requests(pipe: DiffusionPipeline, requests: Sequence[PreparedRequest]) -> Iterator[Sequence[PreparedRequest]]:
     """Cut the requests, in order, into groups that are drawn in one call, none larger than the engine's batch."""
     from sdopt.pipeline.prompt import count_chunks
 

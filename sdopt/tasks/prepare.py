@@ -85,7 +85,9 @@ def _check_task(pipe: DiffusionPipeline, request: DrawRequest) -> None:
             hint=f"from Python: sdopt.load(folder)(prompt=…, {example})",
         )
     if isinstance(request, ImageToImage) and inpainting:
-        raise UsageError(f"{name} is an inpainting model, which needs a mask", hint='give the task "inpaint" and a mask')
+        raise UsageError(
+            f"{name} is an inpainting model, which needs a mask", hint='give the task "inpaint" and a mask'
+        )
 
 
 def _open_pictures(request: DrawRequest) -> tuple[Image.Image | None, Image.Image | None]:

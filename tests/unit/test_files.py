@@ -85,7 +85,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
         error = ValueError()
     else:
         monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(ArtifactError if isinstance(error, OSError) else type(error)):
         write_file(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
@@ -109,9 +109,16 @@ def test_a_missing_permission_is_named(code: int) -> None:
         raise OSError(code, "injected")
 
 
-def test_other_errors_of_the_system_stay_what_they_are() -> None:
-    with pytest.raises(OSError, match="injected"), disk_errors(Path("x")):
-        raise OSError(errno.EIO, "injected")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP])
+def test_other_errors_of_the_system_name_the_file(code: int) -> None:
+    with pytest.raises(ArtifactError, match="cannot write x: injected"), disk_errors(Path("x")):
+        raise OSError(code, "injected")
+
+
+@pytest.mark.parametrize("code", [errno.EEXIST, errno.ENOTDIR])
+def test_what_is_in_the_place_of_a_file_is_for_the_caller(code: int) -> None:
+    with pytest.raises((FileExistsError, NotADirectoryError)), disk_errors(Path("x")):
+        raise OSError(code, "injected")
 
 
 def test_a_place_that_is_no_place_for_a_file_is_refused(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from sdopt.backends.protocol import check_inputs
 from sdopt.model.component import ComponentName, ComponentSpec, describe_component
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
+from sdopt.model.samplers import SchedulerName
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
 from sdopt.pipeline.modules.engine_unet import EngineUNet
 from sdopt.pipeline.modules.engine_vae import EngineVAE
-from sdopt.model.samplers import SchedulerName
 from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.to_torch import TORCH_DTYPES
 
@@ -76,6 +76,8 @@ def make_far_pipeline(family: Family) -> Any:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
+    # A tensor on `meta` has no values to look at.
+    pipeline.vae.refuses_nonfinite = False
     return pipeline
 
 

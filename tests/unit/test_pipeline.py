@@ -16,10 +16,10 @@ import sdopt
 from sdopt.bundle.manifest import write_manifest
 from sdopt.errors import ArtifactError, ShapeError, UsageError
 from sdopt.model.component import ComponentName
+from sdopt.model.request import TextToImage, parse_request
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.model.request import TextToImage, parse_request
-from sdopt.tasks.draw import generate, generate_all
+from sdopt.tasks.draw import draw_picture, draw_pictures
 from tests.reference_session import TINY_SHAPES, ReferenceBundle, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -66,7 +66,8 @@ def of_profile(folder: Path, profile: ShapeProfile) -> Any:
 
 
 def test_is_the_diffusers_class_and_draws_what_torch_draws(pipe: Any, plain: Any) -> None:
-    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     np.testing.assert_allclose(draw(pipe, PROMPT), draw(plain, PROMPT), atol=1e-4)
 
@@ -201,7 +202,7 @@ def test_endless_tokenizers_are_cut_to_the_engine(tmp_path: Path) -> None:
 
 
 def test_generate_is_the_pipeline_with_a_seed(pipe: Any) -> None:
-    image = generate(pipe, TextToImage(prompt=PROMPT, seed=3, steps=4))
+    image = draw_picture(pipe, TextToImage(prompt=PROMPT, seed=3, steps=4))
     again = draw(pipe, PROMPT, generator=seeded(3), num_inference_steps=4)
     np.testing.assert_array_equal(np.asarray(image), (again[0] * 255).round().astype(np.uint8))
 
@@ -212,38 +213,55 @@ def test_pictures_do_not_depend_on_their_neighbours(tmp_path: Path, pipe: Any) -
     requests = [parse_request(common | {"seed": seed}) for seed in range(4)]
     requests.append(parse_request(common | {"seed": 9, "negative_prompt": "green"}))
     shares: list[float] = []
-    together = list(generate_all(batched, requests, on_step=shares.append))
+    together = list(draw_pictures(batched, requests, on_step=shares.append))
     assert len(batched.unet.session.runs) == 3 * 4
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert isinstance(batched.scheduler, diffusers.EulerDiscreteScheduler)
     for request, image in zip(requests, together, strict=True):
-        alone = np.asarray(generate(pipe, request)).astype(int)
+        alone = np.asarray(draw_picture(pipe, request)).astype(int)
         assert np.abs(np.asarray(image) - alone).max() <= 1
 
 
 def test_generate_refuses_what_cannot_be_drawn(pipe: Any, plain: Any) -> None:
-    with pytest.raises(UsageError, match="smaller than `num_inference_steps`: 60"):
-        generate(pipe, TextToImage(prompt="x", steps=60, scheduler="lcm"))
+    with pytest.raises(UsageError, match="steps is 60, and LCMScheduler can do 50 at most"):
+        draw_picture(pipe, TextToImage(prompt="x", steps=60, scheduler="lcm"))
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
-    with pytest.raises(UsageError, match="cannot draw"):
-        generate(pipe, TextToImage(prompt="x", steps=1, clip_skip=12))
+    with pytest.raises(
+        UsageError, match="clip_skip is 12, and this model's text encoder takes whole numbers from 0 to"
+    ):
+        draw_picture(pipe, TextToImage(prompt="x", steps=1, clip_skip=12))
     with pytest.raises(UsageError, match="not loaded from a bundle"):
-        generate(plain, TextToImage(prompt="x", scheduler="euler"))
-    assert generate(plain, TextToImage(prompt="x", steps=1)).size == (64, 64)
+        draw_picture(plain, TextToImage(prompt="x", scheduler="euler"))
+    assert draw_picture(plain, TextToImage(prompt="x", steps=1)).size == (64, 64)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "prompt: Field required"),
-        ({"prompt": "x", "steps": 0}, "steps: .* greater than or equal to 1"),
-        ({"prompt": "x", "seed": -1}, "seed"),
-        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale"),
-        ({"prompt": "x", "sampler": "euler"}, "sampler: Extra"),
-        ({"prompt": "\ud800"}, "prompt"),
+        ({}, "prompt is missing, which text_to_image needs"),
+        ({"prompt": "x", "steps": 0}, "steps is 0, and has to be a whole number from 1 to 1000"),
+        ({"prompt": "x", "seed": -1}, "seed is -1, .* from 0 to 9223372036854775807"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale is nan, .* a number from 0 to 100"),
+        (
+            {"prompt": "x", "sampler": "euler"},
+            "sampler is not something that text_to_image knows: it takes prompt, negative_prompt, ",
+        ),
+        ({"prompt": "\ud800"}, "prompt is not a text"),
         ({"prompt": "x", "scheduler": "eulr"}, "no scheduler 'eulr'"),
-        ({"prompt": "x", "scheduler": 3}, "scheduler"),
+        ({"prompt": "x", "scheduler": 3}, "scheduler is 3, and has to be one of ddim, "),
+        ({"prompt": "x", "steps": 20.5}, "steps is 20.5, and has to be a whole number"),
+        ({"prompt": "x", "steps": True}, "steps is True"),
+        ({"prompt": "x", "clip_skip": 99}, "clip_skip is 99, and has to be a whole number from 1 to 64"),
+        ({"prompt": "x", "width_px": 7}, "width_px is 7, and has to be a whole number from 8 to 65536"),
+        ({"prompt": "x" * 30_000}, "prompt has 30000 characters, and 20000 are the most"),
+        ({"prompt": "x", "task": "video"}, "task is 'video', and sdopt knows text_to_image, image_to_image, inpaint"),
+        ({"prompt": "x", "task": "inpaint", "image": "a.png"}, "mask is missing, which inpaint needs"),
+        (
+            {"prompt": "x", "task": "image_to_image", "image": "a.png", "strength": 0},
+            "strength is 0, .* above 0 and up",
+        ),
+        ({"prompt": "x", "image": "a.png"}, "image is not something that text_to_image knows"),
     ],
 )
 def test_bad_requests_are_named(values: dict[str, Any], message: str) -> None:

@@ -17,10 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
+from sdopt.model.request import TextToImage
 from sdopt.model.shape import ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.model.request import TextToImage
-from sdopt.tasks.draw import generate
+from sdopt.tasks.draw import draw_picture
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 
@@ -157,10 +157,10 @@ def test_draws_what_torch_draws_at_the_bundles_size(case: str, pipe: Any, plain:
 def test_generate_draws_from_a_prompt_or_says_what_is_missing(case: str, pipe: Any) -> None:
     request = TextToImage(prompt=PROMPT, steps=2, scheduler="dpm++2m")
     if not picture_inputs(case):
-        assert generate(pipe, request).size == (48, 32)
+        assert draw_picture(pipe, request).size == (48, 32)
         return
     with pytest.raises(UsageError, match="starts from a picture"):
-        generate(pipe, request)
+        draw_picture(pipe, request)
 
 
 def test_relatives_are_found_by_from_pipe(case: str, pipe: Any, plain: Any) -> None:

@@ -16,11 +16,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdopt.bundle.manifest import write_manifest
 from sdopt.cli.generate import generate
-from sdopt.errors import ArtifactError, SdoptError, UsageError
+from sdopt.errors import ArtifactError, DrawingError, SdoptError, UsageError
+from sdopt.model.request import TextToImage
+from sdopt.model.samplers import SCHEDULERS, SchedulerName
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
-from sdopt.model.samplers import SCHEDULERS, SchedulerName
-from sdopt.model.request import TextToImage
 from tests.reference_session import make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -199,7 +199,7 @@ def test_files_that_say_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say how"):
         read_recipe(save_with(tmp_path / "a.png", Title="x"))
     (tmp_path / "b.png").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
-    with pytest.raises(UsageError, match="no PNG"):
+    with pytest.raises(UsageError, match="not a PNG"):
         read_recipe(tmp_path / "b.png")
     for missing in (tmp_path / "none.png", tmp_path):
         with pytest.raises(UsageError, match="cannot read"):
@@ -333,16 +333,77 @@ def test_command_seeds_itself(folder: Path, tmp_path: Path) -> None:
         (("x", "--scheduler", "eulr"), "no scheduler 'eulr'"),
         (("x", "--steps", "0"), "steps"),
         (("x", "--seed", 2**63 - 1, "y"), "seed"),
-        (("x", "-o", "out.png"), "-o takes a folder"),
+        (("x", "y", "-o", "out.png"), "out.png is one file, and 2 pictures are asked for"),
+        (("x", "-o", "{picture}"), "exists, and pictures are never overwritten"),
+        (("a (big:1.3) cat",), r"has '\(big:1.3\)', which other programs read as attention"),
+        (("x", "--negative", "<lora:x:1>"), "an extra network, such as a LoRA"),
+        (("x", "--steps", "1001"), "--steps is 1001, and has to be a whole number from 1 to 1000"),
+        (("x", "--scale", "nan"), "--scale is nan, and has to be a number from 0 to 100"),
         (("x", "-o", "{file}"), "a file is in its place"),
         (("x", "-o", "{file}/out"), "a file is in its place"),
     ],
 )
 def test_command_refuses_before_it_loads(tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
-    file = tmp_path / "file"
+    file, picture = tmp_path / "file", tmp_path / "old.png"
     file.touch()
+    picture.touch()
     with pytest.raises(UsageError, match=message):
-        run(tmp_path / "no-bundle", *(str(argument).format(file=file) for argument in arguments))
+        run(tmp_path / "no-bundle", *(str(argument).format(file=file, picture=picture) for argument in arguments))
+
+
+@pytest.mark.parametrize("output", ["/proc/x", "/proc/x/y.png", "/dev/null/x"])
+def test_an_output_that_cannot_be_is_a_sentence(tmp_path: Path, output: str) -> None:
+    with pytest.raises(SdoptError, match=r"cannot write|cannot be a folder|no permission"):
+        run(tmp_path / "no-bundle", "x", "-o", output)
+
+
+def test_one_picture_may_have_a_name_of_its_own(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "circle.png"
+    drawn = json.loads(run(folder, "a red circle", "--steps", 2, "--seed", 3, "-o", path, "--json").stdout)
+    assert [picture["path"] for picture in drawn["pictures"]] == [str(path)]
+    assert read_recipe(path).request.seed == 3
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="never overwritten"):
+        run(folder, "a red circle", "--steps", 2, "-o", path)
+    with pytest.raises(UsageError, match="never overwritten"):
+        write_picture(path, BLANK, recipe_of(), sampler="Euler a")
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["circle.png"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "most"),
+    [("unipc", 999, 998), ("unipc", 1000, 998), ("deis", 999, 998), ("ddim", 1000, 999), ("lcm", 51, 50)],
+)
+def test_steps_that_a_scheduler_cannot_do_are_refused_before_the_engines_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int, most: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("an engine was opened")
+
+    monkeypatch.setattr("sdopt.pipeline.load.open_session", fail)
+    with pytest.raises(UsageError, match=f"--steps is {steps}, and .* can do {most} at most"):
+        run(folder, "x", "--scheduler", scheduler, "--steps", steps, "-o", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_picture_with_nan_is_an_error_and_nothing_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    decode = torch.nn.Module.__call__
+
+    def spoil(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = decode(self, *args, **kwargs)
+        if type(self).__name__ == "VaeDecoderNetwork":
+            result[..., 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", spoil)
+    with pytest.raises(DrawingError, match="the vae decoder gave NaN or infinity"):
+        run(folder, "x", "--steps", 1, "-o", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_help_lists_every_scheduler() -> None:

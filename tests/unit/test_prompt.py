@@ -18,11 +18,11 @@ from transformers import CLIPTokenizer
 from sdopt.checkpoint.tokenizer import END_OF_TEXT, EXCLAMATION, write_clip_tokenizer
 from sdopt.disk.files import write_file
 from sdopt.model.family import Family
+from sdopt.model.request import parse_request
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer
-from sdopt.model.request import parse_request
-from sdopt.tasks.draw import generate, generate_all
+from sdopt.tasks.draw import draw_picture, draw_pictures
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 
@@ -261,10 +261,10 @@ def test_generate_draws_long_prompts_as_if_alone(tmp_path: Path, caplog: pytest.
     pipe = open_pipe(make_bundle(tmp_path / "b", source, profile=profile))
     texts = ["a castle", LONGER[:300], "the sea", "a fox " * 100]
     requests = [parse_request({"prompt": text, "steps": 2, "seed": 3}) for text in texts]
-    together = list(generate_all(pipe, requests))
+    together = list(draw_pictures(pipe, requests))
     assert "a prompt of 200 tokens is cut after 150" in caplog.text
     for request, image in zip(requests, together, strict=True):
-        alone = np.asarray(generate(pipe, request)).astype(int)
+        alone = np.asarray(draw_picture(pipe, request)).astype(int)
         assert np.abs(np.asarray(image) - alone).max() <= 1
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
-from sdopt.pipeline.assemble import assemble_pipeline
-from sdopt.model.samplers import SCHEDULERS, SchedulerName, parse_scheduler
-from sdopt.pipeline.schedulers import label_of, make_scheduler
 from sdopt.model.request import TextToImage
-from sdopt.tasks.draw import generate
+from sdopt.model.samplers import SCHEDULERS, SchedulerName, parse_scheduler
+from sdopt.pipeline.assemble import assemble_pipeline
+from sdopt.pipeline.schedulers import label_of, make_scheduler
+from sdopt.tasks.draw import draw_picture
 from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -110,9 +110,9 @@ def test_draws_the_colour_and_what_torch_draws(name: SchedulerName, pipes: tuple
     ours, plain = pipes
     # LCM needs a distilled model; on this one it blurs, yet has to blur as torch does.
     request = TextToImage(prompt="a large red circle on a blue background", seed=5, steps=20, scheduler=name)
-    drawn = np.asarray(generate(ours, request)).astype(float)
+    drawn = np.asarray(draw_picture(ours, request)).astype(float)
     plain.scheduler = make(name, json.loads((TINY_SHAPES / "scheduler" / "scheduler_config.json").read_text()))
-    expected = np.asarray(generate(plain, request.model_copy(update={"scheduler": None}))).astype(float)
+    expected = np.asarray(draw_picture(plain, request.model_copy(update={"scheduler": None}))).astype(float)
     assert np.abs(drawn - expected).max() <= 1
     red, _green, blue = np.moveaxis(drawn, -1, 0)
     assert (blue > red + 60).mean() > 0.3

@@ -16,8 +16,8 @@ from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.component import ComponentName, vae_factor
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
-from sdopt.model.shape import CHUNK_TOKENS, Extent
 from sdopt.model.samplers import SchedulerName, parse_scheduler
+from sdopt.model.shape import CHUNK_TOKENS, Extent
 from sdopt.pipeline.schedulers import make_scheduler
 
 _KINDS = {SchedulerName.EULER: "EulerDiscreteScheduler", SchedulerName.DDIM: "DDIMScheduler"}

@@ -1,0 +1,154 @@
+"""What is drawn as words, what is refused, and how a refused piece is written to be drawn."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdopt.errors import UsageError
+from sdopt.pipeline.prompt_syntax import LiteralPrompt, find_syntax, read_literally, warn_of_syntax
+
+WORDS = [
+    "",
+    "a large red circle on a blue background",
+    "16:9, cinematic",
+    "salt & pepper, 50% grey",
+    "a happy face :)",
+    "a sad face :(",
+    "wink ;) and =D",
+    "numbered 1) first 2) second",
+    "a list] that was closed twice",
+    "an arrow -> there, a <- back, a < b and b > c",
+    "I <3 cats",
+    "hatsune_miku, long_hair",
+    "^_^ >_< ^__^ -_- o_o",
+    "a line ____ to fill in",
+    "a dash -- like this",
+    "a well-known, two-part---thing",
+    "salt and pepper, and nothing else",
+    "Android, BREAKFAST, breakdance, SAND",
+    "break, and",
+    "note: a colon, time 12:30:45",
+    "std::vector, scope::name",
+    "embedding: the art of",
+    "a } brace { alone",
+    "C:\\temp\\new folder",
+    "C++ and C#",
+    "“quotes”, 'single', Größe 海辺の城 🏰",
+    "a | b || c",
+    "50/50, 3/4 view, f/1.8",
+    "name@example.com #1 $5 *star*",
+    "line one\nline two",
+]
+
+SYNTAX = {
+    "a (word:1.3) b": ("(word:1.3)", "attention"),
+    "((word))": ("((word))", "attention"),
+    "a photo (2019) of a cat": ("(2019)", "attention"),
+    "a face (: smiling": ("(: smiling", "attention"),
+    "a cat (unclosed": ("(unclosed", "attention"),
+    "(cat)1.5": ("(cat)1.5", "attention"),
+    "a [word] b": ("[word]", "less attention"),
+    "salt & pepper [detail]": ("[detail]", "less attention"),
+    "a [cat:dog:0.5]": ("[cat:dog:0.5]", "change between the steps"),
+    "a [cat:0.5]": ("[cat:0.5]", "change between the steps"),
+    "a [cat|dog]": ("[cat|dog]", "take turns"),
+    "a cat BREAK a dog": ("BREAK", "splits"),
+    "a cat AND a dog": ("AND", "splits"),
+    "a cat AND a dog :1.2": ("AND", "splits"),
+    "x <lora:add_detail:0.7>": ("<lora:add_detail:0.7>", "extra network"),
+    "<hypernet:x:1>": ("<hypernet:x:1>", "extra network"),
+    "<lyco:x>": ("<lyco:x>", "extra network"),
+    "a photo of <cat-toy>": ("<cat-toy>", "textual inversion"),
+    "embedding:easynegative, fog": ("embedding:easynegative,", "embedding"),
+    "(embedding:easynegative:1.2)": ("(embedding:easynegative:1.2)", "embedding"),
+    "a {red|blue} car": ("{red|blue}", "dynamic prompts"),
+    "a {2$$red|blue|green} car": ("{2$$red|blue|green}", "dynamic prompts"),
+    "a {word}": ("{word}", "dynamic prompts"),
+    "a __colour__ car": ("__colour__", "wildcard"),
+    "__style/*__": ("__style/*__", "wildcard"),
+    "a car --ar 16:9": ("--ar", "Midjourney"),
+    "space::2 ship": ("::2", "Midjourney"),
+    "one\n(two)\nthree": ("(two)", "attention"),
+    "an \\(escaped\\) one and (not)": ("(not)", "attention"),
+    "a \\\\(word) behind a backslash": ("(word)", "attention"),
+}
+
+ESCAPED = {
+    "a photo \\(2019\\) of a cat": "a photo (2019) of a cat",
+    "\\[detail\\]": "[detail]",
+    "\\{a|b\\}": "{a|b}",
+    "\\<lora:x:1\\>": "<lora:x:1>",
+    "\\BREAK \\AND \\embedding:x": "BREAK AND embedding:x",
+    "\\__colour__ and _\\_colour__": "__colour__ and __colour__",
+    "\\--ar": "--ar",
+    "space\\::2": "space::2",
+    "a \\\\ b": "a \\ b",
+    "C:\\temp": "C:\\temp",
+    "\\(o_o\\)": "(o_o)",
+}
+
+
+@pytest.mark.parametrize("prompt", WORDS)
+def test_words_are_drawn_as_they_are(prompt: str) -> None:
+    assert find_syntax(prompt) is None
+    assert read_literally(prompt) == prompt
+
+
+@pytest.mark.parametrize(("prompt", "expected"), SYNTAX.items())
+def test_syntax_is_refused_and_its_piece_is_named(prompt: str, expected: tuple[str, str]) -> None:
+    piece, meaning = expected
+    found = find_syntax(prompt)
+    assert found is not None
+    assert found.text == piece
+    assert meaning in found.meaning
+    with pytest.raises(UsageError, match="which other programs read as"):
+        read_literally(prompt)
+
+
+@pytest.mark.parametrize("prompt", SYNTAX)
+def test_the_hint_draws_the_piece_as_words(prompt: str) -> None:
+    """Each refused piece, written as the hint says, until nothing is refused: the words of the prompt come out."""
+    text, words = prompt, re.sub(r"\\([\\()])", r"\1", prompt)
+    for _ in range(9):
+        found = find_syntax(text)
+        if found is None:
+            break
+        assert found.text in text
+        start = text.rindex(found.text) if "escaped" in prompt else text.index(found.text)
+        text = text[:start] + found.literal + text[start + len(found.text) :]
+    assert read_literally(text) == words
+
+
+@pytest.mark.parametrize(("prompt", "words"), ESCAPED.items())
+def test_a_backslash_makes_it_literal(prompt: str, words: str) -> None:
+    assert read_literally(prompt) == words
+
+
+def test_a_piece_of_any_length_is_shown_shortened() -> None:
+    found = find_syntax(f"({'word ' * 900})")
+    assert found is not None
+    assert len(found.text) == 60
+
+
+@given(st.text(st.sampled_from("ab (){}[]<>\\:|_-0.5ANDBREK\n"), max_size=40))
+def test_any_text_is_words_or_refused(prompt: str) -> None:
+    if find_syntax(prompt) is None:
+        assert len(read_literally(prompt)) <= len(prompt)
+        return
+    with pytest.raises(UsageError, match="to draw it as words"):
+        read_literally(prompt)
+
+
+def test_a_pipeline_of_diffusers_warns_once_for_each_piece(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "sdopt")
+    for _ in range(2):
+        warn_of_syntax(["a (once:1.3) b", None, LiteralPrompt("a (silent:1.3) b"), "words"])
+    assert [record.message for record in caplog.records] == [
+        "the prompt has '(once:1.3)', which other programs read as attention and sdopt does not; the pipeline draws it "
+        "as plain words"
+    ]
