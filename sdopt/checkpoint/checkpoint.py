@@ -28,6 +28,19 @@ class ComponentSource:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the user says of a checkpoint. `prediction` overrides what the model says; `vae` replaces its VAE or fills
+    its gap: a diffusers VAE folder, a single file or a Hugging Face id. `ema` takes the averaged copy of the UNet.
+    With `offline`, the network is not asked.
+    """
+
+    vae: str = ""
+    prediction: Prediction | None = None
+    ema: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A readable model. `prediction` is None where neither tensors nor metadata say what the UNet predicts.
 
@@ -43,3 +56,5 @@ class Checkpoint:
     scheduler: Config
     tokenizers: Mapping[str, Path]
     pipeline_options: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """How many tensors of the file no component uses, by what they are."""

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.bundle.records import SourceRecord
-from sdopt.checkpoint.checkpoint import Checkpoint, ComponentSource
+from sdopt.checkpoint.checkpoint import Checkpoint, Choice, ComponentSource
+from sdopt.checkpoint.ignored import drop_unused_of_clip
 from sdopt.checkpoint.match import match_component
+from sdopt.checkpoint.prediction_signs import Sign, settle_prediction
 from sdopt.checkpoint.scheduler_class import require_known_scheduler
+from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, read_json
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
-from sdopt.model.family import Family, Prediction
+from sdopt.model.family import Family, Prediction, parse_prediction
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
@@ -27,31 +30,38 @@ _PARTS = (
     "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker",
     "feature_extractor", "image_encoder",
 )  # fmt: skip
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _LICENCE = re.compile(r"^licen[cs]e:\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
-def open_folder(folder: Path, source: SourceRecord) -> Checkpoint:
+def open_folder(folder: Path, source: SourceRecord, choice: Choice) -> Checkpoint:
     """Read a pipeline that diffusers saved; `folder` is resolved, `source` says what the user gave.
 
-    Raises `CheckpointError` that says what the folder lacks or what it is instead.
+    Without `vae/` it has no VAE where the choice names another. Raises `CheckpointError` that says what the folder
+    lacks or what it is instead.
     """
-    index = _read_index(folder)
-    unet_config = _read_config(folder, "unet", "UNet2DConditionModel")
+    index = _read_index(folder, needs_vae=not choice.vae)
+    unet = _find_unet(folder, ema=choice.ema)
+    unet_config = _read_config(folder, unet.name, "UNet2DConditionModel")
     text = _open_text_encoders(folder, index)
     family = find_family(unet_config, text, folder)
     components = {**text}
     components[ComponentName.UNET] = match_component(
-        ComponentName.UNET, unet_config, open_component_weights(folder / "unet"), where=str(folder / "unet")
+        ComponentName.UNET, unet_config, open_component_weights(unet), where=str(unet)
     )
-    components.update(open_vae_folder(folder / "vae"))
+    if (folder / "vae").is_dir():
+        components.update(open_vae_folder(folder / "vae"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     require_known_scheduler(scheduler, str(folder))
+    prediction = _find_prediction(scheduler, unet_config, folder, choice.prediction)
+    if scheduler.get("prediction_type", Prediction.EPSILON) != prediction:
+        scheduler = with_prediction(scheduler, prediction)
     return Checkpoint(
         source=source.model_copy(update={"licence": source.licence or read_licence(folder)}),
         family=family,
-        prediction=_read_prediction(scheduler, folder),
-        inpainting=is_inpainting(components, str(folder)),
+        prediction=prediction,
+        inpainting=ComponentName.VAE_DECODER in components and is_inpainting(components, str(folder)),
         components={name: components[name] for name in ComponentName if name in components},
         scheduler=scheduler,
         tokenizers=_find_tokenizers(folder, text),
@@ -61,7 +71,15 @@ def open_folder(folder: Path, source: SourceRecord) -> Checkpoint:
     )
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _find_unet(folder: Path, *, ema: bool) -> Path:
+    if not ema:
+        return folder / "unet"
+    if not (folder / "unet_ema").is_dir():
+        raise CheckpointError(f"{folder} has no EMA copy of its UNet: no unet_ema/", hint="convert it without --ema")
+    return folder / "unet_ema"
+
+
+def _read_index(folder: Path, *, needs_vae: bool) -> dict[str, Any]:
     if (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{folder} is a bundle that sdopt built, no checkpoint",
@@ -70,15 +88,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX_NAME).is_file():
         raise CheckpointError(f"{folder} is no diffusers model: it has no {INDEX_NAME}", hint=_nearby(folder))
     index = read_json(folder / INDEX_NAME)
-    lacking = [part for part in ("unet", "vae", "scheduler") if not (folder / part).is_dir()]
-    pipeline = str(index.get("_class_name", ""))
-    if not _PIPELINES.match(pipeline):
+    parts = ("unet", "vae", "scheduler") if needs_vae else ("unet", "scheduler")
+    lacking = [part for part in parts if not (folder / part).is_dir()]
+    pipeline = _name_pipeline(index.get("_class_name", ""))
+    if not _PIPELINES.match(pipeline) and not _has_the_parts(index):
         raise CheckpointError(
             f"{folder} is a {pipeline or 'nameless pipeline'}, not one of Stable Diffusion 1, 2 or XL",
             hint="sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner, and their inpainting models",
         )
     if lacking:
-        raise CheckpointError(f"{folder} lacks the folder {' and '.join(lacking)}", hint=_AGAIN)
+        hint = f"{_AGAIN}, or give another VAE with --vae" if lacking == ["vae"] else _AGAIN
+        raise CheckpointError(f"{folder} lacks the folder {' and '.join(lacking)}", hint=hint)
     extra = [key for key, value in index.items() if isinstance(value, list) and any(value) and key not in _PARTS]
     if extra:
         raise CheckpointError(
@@ -86,6 +106,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
             hint="give the model without it",
         )
     return index
+
+
+def _name_pipeline(said: Any) -> str:
+    """The class of a pipeline: its name, or the last of [module, name], as custom pipelines are saved."""
+    return str(said[-1]) if isinstance(said, list) and said else str(said)
+
+
+def _has_the_parts(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline of another class is made of Stable Diffusion's parts: then it draws by their pipeline."""
+
+    def kind(part: str) -> str:
+        entry = index.get(part)
+        return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
+
+    return (
+        kind("unet") in ("UNet2DConditionModel", "")  # what its own config says is checked as well
+        and kind("vae") in ("AutoencoderKL", "")
+        and kind("scheduler") not in _FLOW_SCHEDULERS
+        and any(kind(name) in _TEXT_CLASSES for name in ("text_encoder", "text_encoder_2"))
+    )
 
 
 def _nearby(folder: Path) -> str:
@@ -123,7 +163,8 @@ def _open_text_encoders(folder: Path, index: Mapping[str, Any]) -> dict[Componen
             raise CheckpointError(f"{folder} lacks {name}/config.json", hint=_AGAIN)
         # The class of the index is what diffusers loads, whatever the config says of its origin.
         config = {**read_json(path), "architectures": [kind]}
-        found[name] = match_component(name, config, open_component_weights(folder / name), where=str(folder / name))
+        tensors = drop_unused_of_clip(open_component_weights(folder / name), projected=kind == _TEXT_CLASSES[1])
+        found[name] = match_component(name, config, tensors, where=str(folder / name))
     if not found:
         raise CheckpointError(f"{folder} has no text encoder", hint=_AGAIN)
     return found
@@ -185,13 +226,22 @@ def split_vae(config: Config, tensors: Mapping[str, TensorRef], *, where: str) -
     }
 
 
-def _read_prediction(scheduler: Config, folder: Path) -> Prediction:
-    said = scheduler.get("prediction_type", "epsilon")
-    if said not in tuple(Prediction):
-        raise CheckpointError(
-            f"{folder}: the scheduler's prediction_type is {said!r}, and sdopt knows epsilon and v_prediction"
-        )
-    return Prediction(said)
+def _find_prediction(scheduler: Config, unet: Config, folder: Path, chosen: Prediction | None) -> Prediction:
+    """By the scheduler's config and, where trainers write it, the UNet's; epsilon where neither says anything."""
+    if chosen is not None:
+        return chosen
+    signs = []
+    for config, where in ((scheduler, "scheduler/scheduler_config.json"), (unet, "unet/config.json")):
+        if (said := config.get("prediction_type")) is None:
+            continue
+        prediction = parse_prediction(said) if isinstance(said, str) else None
+        if prediction is None:
+            raise CheckpointError(
+                f"{folder}: prediction_type in {where} is {said!r}, and sdopt knows epsilon and v_prediction",
+                hint="where the file is wrong, --prediction decides",
+            )
+        signs.append(Sign(prediction, where))
+    return settle_prediction(signs, None, str(folder)) or Prediction.EPSILON
 
 
 def _find_tokenizers(folder: Path, text: Mapping[ComponentName, ComponentSource]) -> dict[str, Path]:

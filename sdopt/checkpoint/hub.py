@@ -6,7 +6,7 @@ The only user of huggingface_hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +48,36 @@ def fetch_snapshot(source: str, *, offline: bool = False) -> Snapshot:
     """
     from huggingface_hub import constants
 
+    return _fetch(source, choose_files, offline or constants.HF_HUB_OFFLINE)
+
+
+def fetch_vae(source: str, *, offline: bool = False) -> Path:
+    """The folder of a VAE on the hub, or of the model that it is a part of; nothing else of it is fetched.
+
+    Raises as `fetch_snapshot`.
+    """
+    from huggingface_hub import constants
+
+    return _fetch(source, choose_vae_files, offline or constants.HF_HUB_OFFLINE).folder
+
+
+Choose = Callable[[Sequence[str], str], list[str]]
+"""The files that are needed of those that a repository has; the second is its name, for messages."""
+
+
+def _fetch(source: str, choose: Choose, offline: bool) -> Snapshot:
+    from huggingface_hub import constants
+
     name, _, revision = source.partition("@")
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)):
-            folder = _download(name, revision or None, offline or constants.HF_HUB_OFFLINE)
+            folder = _download(name, revision or None, choose, offline)
     except _hub_errors() as error:
         raise _explain(source, name, error) from error
     return Snapshot(folder, folder.name)
 
 
-def _download(name: str, revision: str | None, offline: bool) -> Path:
+def _download(name: str, revision: str | None, choose: Choose, offline: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -70,7 +90,7 @@ def _download(name: str, revision: str | None, offline: bool) -> Path:
             # No connection: the model may be in the cache.
             pass
         else:
-            files = choose_files([entry.rfilename for entry in info.siblings or ()], name)
+            files = choose([entry.rfilename for entry in info.siblings or ()], name)
             return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
     return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
 
@@ -118,13 +138,30 @@ def choose_files(names: Sequence[str], model: str) -> list[str]:
         raise CheckpointError(f"{model} on Hugging Face is no diffusers model: it has no {INDEX_NAME}", hint=advice)
     chosen = [name for name in names if _SMALL.match(name)]
     for part in _PARTS:
-        sets: dict[tuple[str, str], list[str]] = {}
-        for name in names:
-            folder, _, last = name.rpartition("/")
-            found = _WEIGHTS.match(last) if folder == part else None
-            if found:
-                variant = (found["variant"] or found["late"] or "").removeprefix(".")
-                sets.setdefault((found["kind"], variant), []).append(name)
-        best = next((key for key in _PREFERRED if key in sets), min(sets, default=None))
-        chosen += sets[best] if best else []
+        chosen += _choose_weights(names, part)
     return sorted(chosen)
+
+
+def choose_vae_files(names: Sequence[str], model: str) -> list[str]:
+    """The files of a VAE: of the repository's folder `vae`, or of the whole repository where that is one."""
+    for part in ("vae", ""):
+        weights = _choose_weights(names, part)
+        config = f"{part}/config.json" if part else "config.json"
+        if weights and config in names:
+            return sorted([config, *weights])
+    raise CheckpointError(
+        f"{model} on Hugging Face has no VAE: neither vae/config.json nor config.json with its weights",
+        hint="--vae takes a diffusers VAE folder, a single file, or a Hugging Face id",
+    )
+
+
+def _choose_weights(names: Sequence[str], part: str) -> list[str]:
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        found = _WEIGHTS.match(last) if folder == part else None
+        if found:
+            variant = (found["variant"] or found["late"] or "").removeprefix(".")
+            sets.setdefault((found["kind"], variant), []).append(name)
+    best = next((key for key in _PREFERRED if key in sets), min(sets, default=None))
+    return sets[best] if best else []

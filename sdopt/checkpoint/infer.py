@@ -20,7 +20,7 @@ _PRUNED = "diffusers has no config for such a pruned UNet: give the model as a d
 _HEAD_CHANNELS = 64
 _SD1_HEADS = 8
 _TIME_IDS = {Family.SDXL: 6, Family.SDXL_REFINER: 5}
-_SCALING = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025, Family.SDXL_REFINER: 0.13025}
+SCALING = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025, Family.SDXL_REFINER: 0.13025}
 
 
 def infer_family(unet: Tensors, *, first_encoder: bool, where: str) -> Family:
@@ -84,9 +84,6 @@ def _check_symmetry(layout: UNetLayout, where: str) -> None:
     mirrored = [(stage.channels, len(stage.depths) + 1) for stage in reversed(layout.down)]
     if mirrored != [(stage.channels, len(stage.depths)) for stage in layout.up]:
         raise CheckpointError(f"{where}: the UNet's way up does not mirror its way down", hint=_PRUNED)
-
-
-_PRUNED = "diffusers has no config for such a pruned UNet: give the model as a diffusers folder, if there is one"
 
 
 def _middle_type(layout: UNetLayout, where: str) -> str | None:
@@ -192,7 +189,7 @@ def infer_vae(vae: Tensors, family: Family, where: str) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": layers.pop(),
         "sample_size": family.native_size_px,
-        "scaling_factor": _SCALING[family],
+        "scaling_factor": SCALING[family],
         "use_quant_conv": "quant_conv.weight" in vae,
         "use_post_quant_conv": "post_quant_conv.weight" in vae,
         "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in vae,

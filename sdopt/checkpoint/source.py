@@ -6,32 +6,28 @@ import dataclasses
 from pathlib import Path
 
 from sdopt.bundle.records import SourceRecord
-from sdopt.checkpoint.checkpoint import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint, Choice
 from sdopt.checkpoint.folder import is_inpainting, open_folder
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id
-from sdopt.checkpoint.scheduler_config import with_prediction
-from sdopt.checkpoint.single_file import open_single_file, open_vae
+from sdopt.checkpoint.infer import SCALING
+from sdopt.checkpoint.single_file import check_vae_fits, open_single_file, open_vae
 from sdopt.errors import CheckpointError
-from sdopt.model.component import ComponentName
-from sdopt.model.family import Prediction
+from sdopt.model.component import ComponentName, vae_factor
 
 
-def open_checkpoint(
-    source: str, *, vae: str = "", prediction: Prediction | None = None, offline: bool = False
-) -> Checkpoint:
+def open_checkpoint(source: str, choice: Choice | None = None) -> Checkpoint:
     """Open a diffusers folder, a single file or a Hugging Face id; no tensor is loaded.
 
-    `vae` replaces the model's VAE: a diffusers VAE folder or a single file. `prediction` overrides what the
-    model says. Raises `CheckpointError` for what is missing, damaged or of another family, `UnsafeInputError`
-    for a pickle that wants to run code or a file that contradicts itself. Asks the network only for an id
-    that is no local path, and not if `offline`.
+    Raises `CheckpointError` for what is missing, damaged, contradictory or of another family, `UnsafeInputError` for a
+    pickle that wants to run code or a file that contradicts itself. Asks the network only for an id that is no local
+    path, and not if the choice is offline.
     """
+    choice = choice or Choice()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _adapt(open_folder(path.resolve(), SourceRecord(kind="diffusers", location=source)), vae, prediction)
+        return _adapt(open_folder(path.resolve(), SourceRecord(kind="diffusers", location=source), choice), choice)
     if path.is_file():
-        record = SourceRecord(kind="single-file", location=source)
-        return open_single_file(path.resolve(), record, vae=vae, prediction=prediction)
+        return open_single_file(path.resolve(), SourceRecord(kind="single-file", location=source), choice)
     if path.exists() or path.is_symlink():
         raise CheckpointError(f"{source} is neither a file nor a folder, or a link to nothing")
     if not is_hub_id(source):
@@ -39,28 +35,19 @@ def open_checkpoint(
             f"there is no file or folder {source}",
             hint="give a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id as owner/name",
         )
-    snapshot = fetch_snapshot(source, offline=offline)
+    snapshot = fetch_snapshot(source, offline=choice.offline)
     record = SourceRecord(kind="huggingface", location=source.partition("@")[0], revision=snapshot.revision)
-    return _adapt(open_folder(snapshot.folder.resolve(), record), vae, prediction)
+    return _adapt(open_folder(snapshot.folder.resolve(), record, choice), choice)
 
 
-def _adapt(checkpoint: Checkpoint, vae: str, prediction: Prediction | None) -> Checkpoint:
-    """A folder's model with the VAE and the prediction that the user asked for."""
-    if prediction is not None:
-        scheduler = with_prediction(checkpoint.scheduler, prediction)
-        checkpoint = dataclasses.replace(checkpoint, prediction=prediction, scheduler=scheduler)
-    if vae:
-        components = {**checkpoint.components, **open_vae(vae, checkpoint.family)}
-        _check_scaling(checkpoint, components[ComponentName.VAE_DECODER].config["scaling_factor"], vae)
-        inpainting = is_inpainting(components, vae)
-        checkpoint = dataclasses.replace(checkpoint, components=components, inpainting=inpainting)
-    return checkpoint
-
-
-def _check_scaling(checkpoint: Checkpoint, scaling: float, vae: str) -> None:
-    own = checkpoint.components[ComponentName.VAE_DECODER].config["scaling_factor"]
-    if abs(own - scaling) > 1e-6 * abs(own):
-        raise CheckpointError(
-            f"the VAE {vae} scales its latents by {scaling}, and the model was trained on {own}",
-            hint="a VAE must be of the same family as the model",
-        )
+def _adapt(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
+    """A folder's model with the VAE that the user asked for, which must fit the one that it was trained on."""
+    if not choice.vae:
+        return checkpoint
+    own = checkpoint.components.get(ComponentName.VAE_DECODER)
+    scaling = SCALING[checkpoint.family] if own is None else float(own.config["scaling_factor"])
+    pixels_per_latent = None if own is None else vae_factor(own.config)
+    components = {**checkpoint.components, **open_vae(choice.vae, checkpoint.family, offline=choice.offline)}
+    check_vae_fits(components, scaling, pixels_per_latent, choice.vae)
+    ordered = {name: components[name] for name in ComponentName if name in components}
+    return dataclasses.replace(checkpoint, components=ordered, inpainting=is_inpainting(ordered, choice.vae))

@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=int, help="Pictures a run.  [default: 1]")
 @click.option("--tokens", type=int, help="Longest prompt: 77, 154 or 231 tokens.  [default: 77]")
-@click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder or a single file.")
+@click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder, a single file or a Hub id.")
+@click.option(
+    "--prediction",
+    metavar="NAME",
+    help="What the UNet predicts: epsilon or v_prediction.  [default: what the model says]",
+)
+@click.option("--ema", is_flag=True, default=None, help="Take the checkpoint's EMA copy of the UNet.")
 @click.option(
     "--require-fused", is_flag=True, default=None,
     help="Refuse a UNet or text encoder with attention that has no dedicated kernel.",

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from sdopt import progress
-from sdopt.checkpoint.checkpoint import Checkpoint
+from sdopt.checkpoint.checkpoint import Checkpoint, Choice
 from sdopt.checkpoint.infer import sample_size
 from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.source import open_checkpoint
@@ -30,7 +30,7 @@ def open_plan(recipe: BuildRecipe) -> BuildPlan:
     path = Path(recipe.source).expanduser()
     if path.exists():
         recipe = recipe.model_copy(update={"source": str(path.resolve())})
-    checkpoint = open_checkpoint(recipe.source, vae=recipe.vae, prediction=recipe.prediction)
+    checkpoint = open_checkpoint(recipe.source, Choice(recipe.vae, recipe.prediction, recipe.ema))
     if checkpoint.prediction is None:
         checkpoint = _probe_prediction(checkpoint)
     plan = resolve_build(checkpoint, recipe)

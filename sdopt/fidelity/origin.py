@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sdopt.bundle.manifest import BundleManifest
+from sdopt.checkpoint.checkpoint import Choice
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import ArtifactError, CheckpointError
 from sdopt.model.backend_settings import graph_dtype
@@ -25,7 +26,7 @@ def find_origin(manifest: BundleManifest) -> dict[ComponentName, Mapping[str, Te
     source = f"{recipe.source}@{manifest.source.revision}" if manifest.source.revision else recipe.source
     missing = f"torch needs the checkpoint that {manifest.name} was quantised from, which is not there: "
     try:
-        checkpoint = open_checkpoint(source, vae=recipe.vae, prediction=recipe.prediction, offline=True)
+        checkpoint = open_checkpoint(source, Choice(recipe.vae, recipe.prediction, recipe.ema, offline=True))
         found = {name: checkpoint.components[name].tensors for name in quantized}
     except (CheckpointError, KeyError) as error:
         raise ArtifactError(f"{missing}{error}", hint=f"put it back at {recipe.source}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 
 
@@ -28,3 +29,15 @@ class Prediction(StrEnum):
 
     EPSILON = "epsilon"
     V_PREDICTION = "v_prediction"
+
+
+_EPSILON_WORDS = frozenset({"epsilon", "eps", "noise", "epsilon_prediction", "eps_prediction"})
+_V_WORDS = frozenset({"v", "v_prediction", "vprediction", "v_pred", "vpred", "velocity", "v_parameterization"})
+
+
+def parse_prediction(text: str) -> Prediction | None:
+    """Any spelling of the two predictions that sdopt knows; None for another word."""
+    word = re.sub(r"[\s\-]+", "_", text.strip().strip("\"'").strip().lower())
+    if word in _EPSILON_WORDS:
+        return Prediction.EPSILON
+    return Prediction.V_PREDICTION if word in _V_WORDS else None

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sdopt.errors import RecipeError, SdoptError, ShapeError
 from sdopt.model.backend_settings import Frozen
 from sdopt.model.component import ComponentName
-from sdopt.model.family import Prediction
+from sdopt.model.family import Prediction, parse_prediction
 from sdopt.model.precision import Precision
 from sdopt.model.shape import parse_sizes
 from sdopt.model.target import Runtime, Target, TargetField
@@ -65,6 +65,9 @@ class BuildRecipe(Frozen):
     vae: str = ""
     """Another VAE than the checkpoint's: a diffusers VAE folder or a single file."""
     prediction: Prediction | None = None
+    """What the UNet predicts, whatever the checkpoint says; None believes the checkpoint."""
+    ema: bool = False
+    """Take the averaged copy of the UNet's weights that some checkpoints hold beside the last ones."""
     """Overrides what the checkpoint says of its UNet; a single file often says nothing."""
     require_fused: bool = False
     """Refuse a UNet or text encoder in which attention is not one native layer with a dedicated kernel for each of
@@ -88,6 +91,15 @@ class BuildRecipe(Frozen):
             except ShapeError as error:
                 raise ValueError(error.message) from error
         return self
+
+    @field_validator("prediction", mode="before")
+    @classmethod
+    def _prediction(cls, text: object) -> object:
+        if not isinstance(text, str):
+            return text
+        if (found := parse_prediction(text)) is None:
+            raise ValueError(f"prediction is epsilon or v_prediction, not {text!r}")
+        return found
 
     @field_validator("max_memory")
     @classmethod

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdopt.checkpoint import hub
-from sdopt.checkpoint.checkpoint import ComponentSource
+from sdopt.checkpoint.checkpoint import Choice, ComponentSource
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName
@@ -140,9 +140,9 @@ def test_scheduler_and_options_and_licence(folder: Path) -> None:
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     assert open_checkpoint(str(folder)).prediction is Prediction.V_PREDICTION
-    assert open_checkpoint(str(folder), prediction=Prediction.EPSILON).scheduler["prediction_type"] == "epsilon"
+    assert open_checkpoint(str(folder), Choice(prediction=Prediction.EPSILON)).scheduler["prediction_type"] == "epsilon"
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**scheduler, "prediction_type": "sample"}))
-    with pytest.raises(CheckpointError, match="prediction_type is 'sample'"):
+    with pytest.raises(CheckpointError, match="is 'sample'"):
         open_checkpoint(str(folder))
 
 
