@@ -99,7 +99,8 @@ def _read_index(folder: Path, *, needs_vae: bool) -> dict[str, Any]:
     if lacking:
         hint = f"{_AGAIN}, or give another VAE with --vae" if lacking == ["vae"] else _AGAIN
         raise CheckpointError(f"{folder} lacks the folder {' and '.join(lacking)}", hint=hint)
-    extra = [key for key, value in index.items() if isinstance(value, list) and any(value) and key not in _PARTS]
+    listed = {key: value for key, value in index.items() if isinstance(value, list) and not key.startswith("_")}
+    extra = [key for key, value in listed.items() if any(value) and key not in _PARTS]
     if extra:
         raise CheckpointError(
             f"{folder} is a pipeline with {' and '.join(extra)}, which sdopt does not know",
