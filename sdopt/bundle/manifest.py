@@ -6,6 +6,8 @@ The format is an API: `schema_version` counts its changes, unknown keys are refu
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ from sdopt.model.shape import ShapeProfile
 
 SCHEMA_VERSION = 4
 _LIMIT_BYTES = 16 << 20
+
+_CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class BundleManifest(Record):
@@ -57,10 +61,7 @@ def read_manifest(folder: Path) -> BundleManifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise ArtifactError(
-            f"{folder} is no sdopt bundle: it has no {MANIFEST_NAME}",
-            hint=f"make one with: sdopt convert MODEL -o {folder}",
-        )
+        raise _not_a_bundle(folder)
     if path.stat().st_size > _LIMIT_BYTES:
         raise ArtifactError(f"{path} is larger than any manifest")
     try:
@@ -89,6 +90,23 @@ def read_manifest(folder: Path) -> BundleManifest:
     for relative in manifest.files:
         resolve_inside(folder, relative)
     return manifest
+
+
+def _not_a_bundle(folder: Path) -> ArtifactError:
+    """What the folder is instead, and a command that makes a bundle where convert may write one."""
+    if (folder / "model_index.json").is_file() or (folder.is_file() and folder.suffix in _CHECKPOINT_SUFFIXES):
+        # Not into the checkpoint: convert writes to a folder of its own.
+        output = Path("engines") / (folder.stem if folder.is_file() else folder.resolve().name)
+        return ArtifactError(
+            f"{folder} is a checkpoint, and not a bundle of engines",
+            hint=f"make the bundle with: {shlex.join(['sdopt', 'convert', str(folder), '-o', str(output)])}",
+        )
+    free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    output = folder if free else Path("engines") / "MODEL"
+    return ArtifactError(
+        f"{folder} is not an sdopt bundle: it has no {MANIFEST_NAME}",
+        hint=f"make one with: {shlex.join(['sdopt', 'convert', 'MODEL', '-o', str(output)])}",
+    )
 
 
 def _migrate_1(values: dict[str, Any]) -> dict[str, Any]:

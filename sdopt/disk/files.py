@@ -86,7 +86,7 @@ def write_file(path: Path, data: bytes) -> None:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what the system says into an error that names the file, and for a full disk or a permission what to do.
 
-    `FileExistsError` and `NotADirectoryError` stay as they are.
+    `FileExistsError`, `NotADirectoryError` and the errors of libraries that look like the system's stay as they are.
     """
     try:
         yield
@@ -98,8 +98,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ArtifactError(f"no permission to write {path}", hint="choose another folder with -o") from error
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            raise  # the caller knows what is in the place of what
+        if isinstance(error, (FileExistsError, NotADirectoryError)) or type(error).__module__ != "builtins":
+            raise  # the caller knows what is in the place of what, and what its libraries mean
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 

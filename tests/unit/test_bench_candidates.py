@@ -253,7 +253,7 @@ def test_another_bundle_is_checked_before_anything_opens_it(pristine_bundle: Pat
     (other / "unet" / "model.onnx").write_bytes(b"planted")
     with pytest.raises(ArtifactError, match=r"unet/model\.onnx"):
         list_candidates(pristine_bundle, manifest, (str(other),))
-    with pytest.raises(ArtifactError, match="no sdopt bundle"):
+    with pytest.raises(ArtifactError, match="not an sdopt bundle"):
         list_candidates(pristine_bundle, manifest, (str(tmp_path / "none"),))
 
 

@@ -201,4 +201,4 @@ def test_a_report_that_cannot_be_written_fails_before_the_work(monkeypatch: pyte
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(bench, [str(tmp_path)])
     assert isinstance(result.exception, ArtifactError)
-    assert "is no sdopt bundle" in result.exception.message
+    assert "is not an sdopt bundle" in result.exception.message

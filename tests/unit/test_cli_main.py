@@ -52,7 +52,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         def fail() -> NoReturn:
             raise error
 
-        monkeypatch.setattr("sdopt.backends.open.probe_all", fail)
+        monkeypatch.setattr("sdopt.backends.probes.probe_all", fail)
 
     return plant
 
@@ -84,15 +84,6 @@ def test_an_interruption_is_130_and_says_how_to_go_on(run: Run, failing: Callabl
     code, out, err = run("doctor", "--json")
     assert (code, out) == (130, "")
     assert "run the same command to go on" in err
-
-
-def test_a_defect_of_sdopt_is_not_hidden(
-    monkeypatch: pytest.MonkeyPatch, failing: Callable[[BaseException], None]
-) -> None:
-    failing(ZeroDivisionError("a bug"))
-    monkeypatch.setattr(sys, "argv", ["sdopt", "doctor"])
-    with pytest.raises(ZeroDivisionError):
-        main_module.main()
 
 
 @pytest.mark.parametrize("words", [("convrt",), ("doctor", "--jsn"), ("check",), ("convert", "x", "--batch", "two")])
@@ -163,8 +154,8 @@ def test_a_hostile_name_is_inspected_without_harm(run: Run, tmp_path: Path) -> N
         (("convert", "{empty}", "--target", "cpuu"), 2, "'cpu'"),
         (("convert", "{empty}", "--size", "64"), 2, "size"),
         (("convert", "{empty}", "--recipe", "{none}"), 2, "cannot read the recipe"),
-        (("check", "{none}"), 1, "no sdopt bundle"),
-        (("check", "{empty}"), 1, "no sdopt bundle"),
+        (("check", "{none}"), 1, "not an sdopt bundle"),
+        (("check", "{empty}"), 1, "not an sdopt bundle"),
         (("inspect", "{empty}"), 1, "empty"),
     ],
 )
@@ -192,3 +183,20 @@ def test_a_recipe_that_cannot_be_saved_is_an_error(run: Run, tmp_path: Path, mon
     code, _, err = run("convert", "x", "--save-recipe", str(tmp_path / "none" / "r.toml"))
     assert code == 1
     assert "cannot write" in err
+
+
+def test_what_nobody_foresaw_is_a_sentence_and_the_way_to_its_trace(
+    run: Run, failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(ZeroDivisionError("float division\nby zero"))
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: sdopt did not expect this: ZeroDivisionError: float division by zero\n"
+        "please report it, with what this shows: SDOPT_TRACE=1 sdopt doctor\n"
+    )
+    failing(AssertionError())
+    assert run("doctor", "--json")[2].startswith("error: sdopt did not expect this: AssertionError\n")
+    monkeypatch.setenv("SDOPT_TRACE", "1")
+    with pytest.raises(AssertionError):
+        main_module.main()

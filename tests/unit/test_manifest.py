@@ -133,7 +133,7 @@ def test_what_is_no_manifest_is_refused(content: bytes, tmp_path: Path) -> None:
 def test_a_folder_without_one_says_how_to_make_one(tmp_path: Path) -> None:
     (tmp_path / "folder" / MANIFEST_NAME).mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "none", tmp_path / "folder"):
-        with pytest.raises(ArtifactError, match="no sdopt bundle") as caught:
+        with pytest.raises(ArtifactError, match="not an sdopt bundle") as caught:
             read_manifest(folder)
         assert "sdopt convert" in caught.value.hint
 

@@ -294,5 +294,5 @@ def test_engines_are_closed_where_loading_fails(on_disk: ReferenceBundle) -> Non
     with pytest.raises(UsageError, match="no scheduler 'nonsense'"):
         sdopt.load(on_disk.folder, scheduler="nonsense")
     assert all(session.closed for session in on_disk.sessions.values())
-    with pytest.raises(ArtifactError, match="no sdopt bundle"):
+    with pytest.raises(ArtifactError, match="not an sdopt bundle"):
         sdopt.load(on_disk.folder.parent)

@@ -21,7 +21,7 @@ from sdopt.model.request import TextToImage
 from sdopt.model.samplers import SCHEDULERS, SchedulerName
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
-from tests.reference_session import make_bundle
+from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -410,3 +410,9 @@ def test_help_lists_every_scheduler() -> None:
     # The terminal's width may break a line at any space.
     text = " ".join(run("--help").stdout.replace("│", " ").split())
     assert all(name in text for name in SchedulerName)
+
+
+def test_a_checkpoint_is_told_from_a_bundle_and_the_hint_writes_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a checkpoint, and not a bundle of engines") as caught:
+        run(TINY_SHAPES, "x", "-o", tmp_path / "out")
+    assert caught.value.hint == f"make the bundle with: sdopt convert {TINY_SHAPES} -o engines/tiny-shapes"

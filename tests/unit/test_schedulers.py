@@ -13,12 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdopt.checkpoint.scheduler_class import SCHEDULER_CLASSES, require_known_scheduler
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
 from sdopt.model.request import TextToImage
 from sdopt.model.samplers import SCHEDULERS, SchedulerName, parse_scheduler
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.schedulers import label_of, make_scheduler
+from sdopt.pipeline.step_limit import require_steps
 from sdopt.tasks.draw import draw_picture
 from tests.reference_session import TINY_SHAPES, make_bundle
 
@@ -205,3 +207,41 @@ def test_timesteps_stay_on_the_host_where_latents_are_on_a_device(name: Schedule
     assert type(scheduler).__name__ == SCHEDULERS[name].diffusers_class
     again = type(scheduler).from_config(scheduler.config)
     assert type(again) is type(scheduler)
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULER_CLASSES))
+def test_every_scheduler_that_a_checkpoint_may_name_draws(kind: str) -> None:
+    require_known_scheduler({"_class_name": kind}, "here")
+    if kind == "DPMSolverSDEScheduler":
+        # It needs torchsde, which sdopt does not bring.
+        with pytest.raises(ArtifactError, match="not one that diffusers"):
+            make(None, SD15 | {"_class_name": kind})
+        return
+    require_steps(make(None, SD15 | {"_class_name": kind}), 20)
+
+
+FINDS_STEPS = {"ddim": 999, "ddpm": 999, "pndm": 999, "dpm++2m": 999, "dpm++2m_sde": 999, "unipc": 999, "deis": 999}
+
+
+@pytest.mark.parametrize(("name", "most"), FINDS_STEPS.items())
+def test_the_limit_of_steps_is_found_by_trying(name: str, most: int) -> None:
+    require_steps(make(name), most)
+    kind = SCHEDULERS[SchedulerName(name)].diffusers_class
+    with pytest.raises(UsageError, match=f"steps is 1000, and {kind} can do {most} at most"):
+        require_steps(make(name), 1000)
+
+
+def test_the_limit_follows_the_noise_schedule() -> None:
+    """A table of limits would not know this checkpoint, which was trained with 100 noise levels."""
+    few = SD15 | {"num_train_timesteps": 100}
+    require_steps(make("ddim", few), 99)
+    with pytest.raises(UsageError, match="can do 99 at most"):
+        require_steps(make("ddim", few), 999)
+
+
+def test_trying_takes_no_numbers_from_the_generator_of_the_process() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(1)
+    torch.manual_seed(4)
+    require_steps(make("euler_a"), 7)
+    assert torch.equal(torch.rand(1), expected)
