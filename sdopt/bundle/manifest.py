@@ -54,6 +54,12 @@ class BundleManifest(Record):
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def _lost(folder: Path) -> str:
+    """The recipe is in the file that cannot be read, so `--again` cannot help."""
+    command = shlex.join(["sdopt", "convert", "MODEL", "-o", str(folder)])
+    return f"its recipe cannot be read, so name the model again: {command}"
+
+
 def read_manifest(folder: Path) -> BundleManifest:
     """Read and check `bundle.json`; the files that it names are not read (`sdopt check` does that).
 
@@ -67,7 +73,7 @@ def read_manifest(folder: Path) -> BundleManifest:
     try:
         values: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}", hint="build the bundle again") from error
+        raise ArtifactError(f"{path} is damaged: {error}", hint=_lost(folder)) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ArtifactError(
@@ -83,10 +89,10 @@ def read_manifest(folder: Path) -> BundleManifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(
-            f"{path}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}", hint="build the bundle again"
+            f"{path}: {'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}", hint=_lost(folder)
         ) from error
     except ShapeError as error:
-        raise ArtifactError(f"{path}: profile: {error.message}", hint="build the bundle again") from error
+        raise ArtifactError(f"{path}: profile: {error.message}", hint=_lost(folder)) from error
     for relative in manifest.files:
         resolve_inside(folder, relative)
     return manifest

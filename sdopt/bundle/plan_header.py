@@ -22,11 +22,13 @@ from pathlib import Path
 from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError
 from sdopt.machine.machine_record import PlanFlavour
-from sdopt.model.target import PORTABLE
+from sdopt.model.target import PORTABLE, Runtime, Target
 
 HEADER_BYTES = 64
 RTX_GENERATIONS = {"sm75": 0x01, "sm80": 0x02, "sm86": 0x04, "sm89": 0x08, "sm120": 0x10, "sm121": 0x20}
 """What TensorRT-RTX 1.7 builds for, and the bit of each."""
+_PORTABLE_GENERATIONS = frozenset({"sm80", "sm86", "sm89", "sm120", "sm121"})
+_LAST_NAMED = 121
 _LATER_BIT = 0x40
 _RTX, _GENERAL = b"vtrt", b"ftrt"
 _LAYOUT = 2
@@ -42,6 +44,22 @@ class PlanHeader:
     """`sm89`, several with commas, or `ampere+`."""
     size_bytes: int | None = None
     weights_bytes: int | None = None
+
+
+def runs_portable(generation: str) -> bool:
+    """Whether a GPU runs TensorRT-RTX's portable plan, which names 8.0, 8.6, 8.9, 12.0, 12.1 and all later.
+
+    The data centre's 9.0 and 10.x and the modules' 8.7 and 11.0 lie between and are refused: measured for 9.0 with
+    TensorRT-RTX 1.7 ("TensorRT-RTX does not support this compute capability").
+    """
+    return generation in _PORTABLE_GENERATIONS or int(generation.removeprefix("sm")) > _LAST_NAMED
+
+
+def find_rtx_target(generation: str) -> Target | None:
+    """The target that builds TensorRT-RTX plans for a GPU; None where TensorRT-RTX runs no plan at all."""
+    if generation in RTX_GENERATIONS:
+        return Target(Runtime.RTX, (generation,))
+    return Target(Runtime.RTX) if runs_portable(generation) else None
 
 
 def read_plan_header(path: Path) -> PlanHeader | None:

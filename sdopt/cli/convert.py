@@ -15,7 +15,7 @@ import rich_click as click
 from sdopt import progress
 from sdopt.cli.text import neutralise
 from sdopt.disk.files import hash_file, write_file
-from sdopt.errors import RecipeError
+from sdopt.errors import CheckpointError, RecipeError
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: engines/NAME]")
+@click.option(
+    "--again", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Build the bundle at FOLDER again, by the recipe that it holds; other flags change it.",
+)  # fmt: skip
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with any of the settings.")
 @click.option("--target", metavar="NAME", help="cpu, openvino, onnxruntime, cuda, tensorrt, rtx, rtx:sm86,sm89.")
 @click.option("--precision", metavar="NAME", help="auto, fp32, bf16, fp16; int8 or fp8 where they pay.")
@@ -59,26 +63,26 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the steps, and do none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest (or the steps) as JSON on stdout.")
 def convert(
-    source: str | None, output: Path | None, recipe_file: Path | None, no_verify: bool, save_recipe: Path | None,
-    dry_run: bool, as_json: bool, **flags: Any,
+    source: str | None, output: Path | None, again: Path | None, recipe_file: Path | None, no_verify: bool,
+    save_recipe: Path | None, dry_run: bool, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Turn SOURCE into a bundle of engines that is proven to draw the same pictures.
 
     SOURCE is a diffusers folder, a .safetensors or .ckpt file, or a Hugging Face id. Killed at any point, the same
     command goes on where it was. Exit code 3: the engines do not draw what torch draws, and nothing was published.
     """
-    recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify)
+    recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify, again=again)
     from sdopt.convert.convert import convert as build
     from sdopt.convert.decide import open_plan
     from sdopt.convert.steps import list_steps
 
-    output = output or Path("engines") / _default_name(recipe.source)
+    output = output or again or Path("engines") / _default_name(recipe.source)
     with progress.shown_on_stderr():
         plan = open_plan(recipe)
         if save_recipe is not None:
             write_file(save_recipe, dump_recipe(plan.recipe))
-        steps = list_steps(plan, output) if dry_run else []
-        manifest = None if dry_run else build(plan, output)
+        steps = list_steps(plan, output, read_all=again is not None) if dry_run else []
+        manifest = None if dry_run else build(plan, output, read_all=again is not None)
     if manifest is None:
         _show_steps(steps, as_json)
     elif as_json:
@@ -90,20 +94,34 @@ def convert(
 _VERIFY_FLAGS = ("max_psnr_loss", "min_ssim")
 
 
-def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -> BuildRecipe:
-    """Flag over file over default. Raises `RecipeError` naming the file or the command line."""
+def merge_recipe(
+    file: Path | None, flags: dict[str, Any], *, no_verify: bool, again: Path | None = None
+) -> BuildRecipe:
+    """Flag over file over default; `again` is a bundle whose recipe takes the file's place.
+
+    Raises `RecipeError` naming the file or the command line, `ArtifactError` for what is not a bundle, and
+    `CheckpointError` where what the bundle was made from is gone.
+    """
     values: dict[str, Any] = {}
+    if again is not None:
+        if file is not None:
+            raise RecipeError("--again and --recipe each name a recipe", hint="leave one of them out")
+        values = _read_again(again, flags)
     if file is not None:
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {file} is no TOML: {error}") from error
+            raise RecipeError(f"the recipe {file} is not TOML: {error}") from error
         parse_recipe(values, where=str(file))
     if flags.get("precision") is not None:
         # The flag wins over all that the file says of precision, also over what it says of one component.
         values.pop("component_precision", None)
+        if again is not None:
+            # A precision that was asked for by name is not quantised by the way.
+            values.pop("quantization", None)
+            values.pop("require_quantized", None)
     values |= {key: value for key, value in flags.items() if value is not None and key not in _VERIFY_FLAGS}
     verify = {key: flags[key] for key in _VERIFY_FLAGS if flags.get(key) is not None}
     if verify:
@@ -114,6 +132,21 @@ def merge_recipe(file: Path | None, flags: dict[str, Any], *, no_verify: bool) -
     if not recipe.source:
         raise RecipeError("no SOURCE was given", hint="sdopt convert MODEL -o FOLDER; try sdopt/assets/tiny-shapes")
     return recipe
+
+
+def _read_again(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a bundle as a table, checked for local files that are gone and that no flag replaces."""
+    from sdopt.bundle.manifest import read_manifest
+
+    recipe = read_manifest(folder).recipe
+    for key, example in (("source", "MODEL "), ("vae", "--vae VAE ")):
+        path = Path(getattr(recipe, key))
+        if path.is_absolute() and not path.exists() and flags.get(key) is None:
+            raise CheckpointError(
+                f"{path}, which {folder} was made from, is no longer there",
+                hint=f"say where it is now: sdopt convert {example}--again {shlex.quote(str(folder))}",
+            )
+    return recipe.model_dump(mode="json", exclude_none=True)
 
 
 def dump_recipe(recipe: BuildRecipe) -> bytes:

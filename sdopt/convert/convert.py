@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,34 +11,32 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sdopt import progress
-from sdopt.bundle.damage import find_damage, record_file
-from sdopt.bundle.manifest import BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.manifest import BundleManifest, write_manifest
 from sdopt.bundle.records import (
     BuildRecord,
     ComponentRecord,
     FidelityRecord,
     GraphAudit,
     ParityRecord,
-    QuantizationRecord,
     Verdict,
 )
 from sdopt.convert.card import make_card, write_small_files
 from sdopt.convert.fidelity import PictureJudge, judge
+from sdopt.convert.finished import find_finished, vouch_for
 from sdopt.convert.graphs import find_graph, trace_missing
 from sdopt.convert.parity import prove_parity, require_runtimes
 from sdopt.convert.plan import BuildPlan, require_backends
 from sdopt.convert.plans.ladder import MadePlan, make_plans, place_plan
-from sdopt.convert.plans.wanted import generations, library_version, require_builder
+from sdopt.convert.plans.wanted import generations, require_builder
 from sdopt.disk.digest import FileRecord, digest_of
+from sdopt.disk.file_records import record_file
 from sdopt.disk.files import require_free_disk, write_file
 from sdopt.disk.staging import Staging, drop_unknown, locked, require_ours
 from sdopt.disk.store import Store, cache_root
-from sdopt.errors import ArtifactError, ExportError
+from sdopt.errors import ExportError, UsageError
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
-from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME
-from sdopt.model.quantization import QuantizationSettings
+from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, WEIGHTS_NAME
 from sdopt.processes.nursery import current_nursery, own_nursery, submit_in_context
 from sdopt.weights.stream import write_weights
 
@@ -45,30 +44,51 @@ from sdopt.weights.stream import write_weights
 _SMALL_FILES_BYTES = 200_000_000
 
 
-def convert(plan: BuildPlan, output: Path) -> BundleManifest:
+def convert(plan: BuildPlan, output: Path, *, read_all: bool = False) -> BundleManifest:
     """Build the bundle that `plan` describes at `output`, and return its manifest.
 
     What an earlier run made is used again; a run that is killed leaves nothing at `output` and is gone on with by the
-    next. Raises `ParityError` and `FidelityError` where the engines are not the model: then nothing is published.
+    next. A bundle that is there and is what `plan` describes is kept; `read_all` reads every byte of it first.
+    Raises `ParityError` and `FidelityError` where the engines are not the model: then nothing is published.
     """
     cache = cache_root()
     output = Path(os.path.abspath(output))  # `-o .` has no name, and a link in the way is no reason to follow it
     require_ours(output)
+    require_apart(plan, output)
     require_backends(plan)
     if plan.recipe.verify.enabled:
         require_runtimes(plan)
     if plan.recipe.target.runtime.makes_plans:
         require_builder(plan)
     with own_nursery(), locked(output, cache):
-        if (finished := find_finished(plan, output)) is not None:
+        store = Store(cache)
+        if (finished := find_finished(plan, output, store, read_all=read_all)) is not None:
             return finished
         weights_bytes = sum(part.weights_bytes for part in plan.components.values())
         plans_bytes = weights_bytes * len(plan.profiles) * len(generations(plan))
         require_free_disk(output.parent, weights_bytes + plans_bytes + _SMALL_FILES_BYTES)
         staging = Staging(output)
-        manifest = _build(plan, Store(cache), staging, cache)
+        manifest = _build(plan, store, staging, cache)
         staging.publish()
+        vouch_for(output, manifest.files, store)
     return manifest
+
+
+def require_apart(plan: BuildPlan, output: Path) -> None:
+    """Raise `UsageError` where the bundle would lie in its own checkpoint, or would replace a folder that holds it."""
+    source = Path(plan.recipe.source)
+    if not source.exists():
+        return
+    source, place = source.resolve(), output.resolve()
+    if source in place.parents and source.is_dir():
+        beside = shlex.quote(str(source.with_name(f"{source.name}-bundle")))
+        raise UsageError(f"{output} lies inside the checkpoint {source}", hint=f"choose a folder outside: -o {beside}")
+    if place == source or place in source.parents:
+        beside = shlex.quote(str(place.with_name(f"{place.name}-bundle")))
+        raise UsageError(
+            f"the checkpoint {source} is in {output}, which a finished bundle would replace",
+            hint=f"choose another folder: -o {beside}",
+        )
 
 
 def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> BundleManifest:
@@ -203,40 +223,3 @@ def _record_files(
         keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}
     drop_unknown(folder, keep)
     return {relative: known.get(relative) or record_file(folder / relative) for relative in sorted(keep)}
-
-
-def _is_quantized_alike(
-    settings: QuantizationSettings | None, name: ComponentName, record: QuantizationRecord | None
-) -> bool:
-    wanted = settings.components.get(name) if settings is not None else None
-    if wanted is None or record is None or settings is None:
-        return wanted is None and record is None
-    return (record.settings, record.calibration, record.error_limit) == (
-        wanted, settings.calibration, settings.held_out_error
-    )  # fmt: skip
-
-
-def find_finished(plan: BuildPlan, output: Path) -> BundleManifest | None:
-    """The bundle at `output`, where it is exactly what would be built and no small file of it is damaged."""
-    if not (output / MANIFEST_NAME).is_file():
-        return None
-    try:
-        manifest = read_manifest(output)
-    except ArtifactError:
-        return None
-    same = (
-        manifest.recipe == plan.recipe
-        and manifest.name == output.name
-        and manifest.components.keys() == plan.components.keys()
-        and all(
-            (record.architecture, record.weights_key, record.backend)
-            == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
-            and all(made.version == library_version(plan) for made in record.plans)
-            and _is_quantized_alike(plan.quantization, name, record.quantization)
-            for name, record in manifest.components.items()
-        )
-    )
-    if not same:
-        return None
-    progress.update("checking the bundle that is there", 0.0)
-    return None if find_damage(output, manifest.files) else manifest

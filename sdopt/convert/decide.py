@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -25,17 +26,24 @@ _TENSORS = TypeAdapter(dict[str, TensorRef])
 
 
 def open_plan(recipe: BuildRecipe) -> BuildPlan:
-    """Open the recipe's source and decide everything. A local path in the recipe becomes absolute."""
+    """Open the recipe's source and decide everything. Local paths in the recipe become absolute."""
     progress.update("reading the checkpoint", 0.0)
-    path = Path(recipe.source).expanduser()
-    if path.exists():
-        recipe = recipe.model_copy(update={"source": str(path.resolve())})
+    recipe = _with_absolute_paths(recipe)
     checkpoint = open_checkpoint(recipe.source, Choice(recipe.vae, recipe.prediction, recipe.ema))
     if checkpoint.prediction is None:
         checkpoint = _probe_prediction(checkpoint)
     plan = resolve_build(checkpoint, recipe)
     chosen = choose_vae_precisions(plan)
     return resolve_build(checkpoint, recipe, chosen) if chosen else plan
+
+
+def _with_absolute_paths(recipe: BuildRecipe) -> BuildRecipe:
+    """The recipe is kept in the bundle, and `sdopt convert --again` may be typed in another folder."""
+    paths = {"source": recipe.source, "vae": recipe.vae}
+    if recipe.quantization.endswith(".toml") or os.sep in recipe.quantization:
+        paths["quantization"] = recipe.quantization
+    found = {key: path for key, text in paths.items() if text and (path := Path(text).expanduser()).exists()}
+    return recipe.model_copy(update={key: str(path.resolve()) for key, path in found.items()})
 
 
 def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:

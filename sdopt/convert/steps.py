@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt.convert.convert import find_finished
+from sdopt.convert.convert import require_apart
+from sdopt.convert.finished import find_finished
 from sdopt.convert.graphs import find_graph
 from sdopt.convert.plan import BuildPlan, ComponentPlan
 from sdopt.convert.plans.wanted import generations, peak_bytes
@@ -38,11 +39,13 @@ class Step:
     """The component's precision and why, where sdopt chose it."""
 
 
-def list_steps(plan: BuildPlan, output: Path) -> list[Step]:
+def list_steps(plan: BuildPlan, output: Path, *, read_all: bool = False) -> list[Step]:
     """The steps of `convert(plan, output)` in order. Reads the store and what is at `output`, writes nothing."""
     output = Path(os.path.abspath(output))
-    steps = _list_steps(plan, output, Store(cache_root()))
-    if find_finished(plan, output) is None:
+    require_apart(plan, output)
+    store = Store(cache_root())
+    steps = _list_steps(plan, output, store)
+    if find_finished(plan, output, store, read_all=read_all) is None:
         return steps
     return [dataclasses.replace(step, found=True, expected_s=0.0) for step in steps]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt import progress
-from sdopt.bundle.damage import find_damage
 from sdopt.disk.digest import FileRecord, digest_of
+from sdopt.disk.file_records import find_damage
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
@@ -33,17 +34,22 @@ class _Journal(BaseModel):
     weights: dict[ComponentName, tuple[str, FileRecord]] = {}
 
 
-def require_ours(output: Path) -> None:
-    """Raise `ArtifactError` where `output` is no place for a bundle, or holds something that sdopt did not make."""
+def require_place(output: Path) -> None:
+    """Raise `ArtifactError` where no folder can be put at `output`: a file or a link is there or in the way."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ArtifactError(f"{output} is no folder", hint="choose another with -o")
+        raise ArtifactError(f"{output} is not a folder", hint="choose another with -o")
     if output.is_mount():
         raise ArtifactError(
-            f"{output} is a mount point, which a finished bundle cannot replace",
-            hint=f"choose a folder inside: -o {output / 'bundle'}",
+            f"{output} is a mount point, which a finished folder cannot replace",
+            hint=f"choose a folder inside: -o {shlex.quote(str(output / 'bundle'))}",
         )
     if any(parent.exists() and not parent.is_dir() for parent in output.parents):
         raise ArtifactError(f"{output} cannot be made: a file is in its way", hint="choose another with -o")
+
+
+def require_ours(output: Path) -> None:
+    """Raise `ArtifactError` where `output` is not a place for a bundle, or holds something that sdopt did not make."""
+    require_place(output)
     if output.is_dir() and not (output / MANIFEST_NAME).is_file() and any(output.iterdir()):
         raise ArtifactError(f"{output} is not empty, and was not made by sdopt", hint="choose another folder with -o")
 
@@ -76,7 +82,7 @@ class Staging:
         if found is None or found[0] != key:
             return None
         # Parity and fidelity are kept by this digest: it must be that of the file as it is now.
-        relative = f"{name}/weights.safetensors"
+        relative = f"{name}/{WEIGHTS_NAME}"
         if find_damage(self.folder, {relative: found[1]}):
             return None
         self.reused_weights = True
@@ -88,15 +94,10 @@ class Staging:
 
     def publish(self) -> None:
         """Put the bundle in its place: what was there goes only when the new one is whole."""
-        for folder, _, _ in os.walk(self.folder, topdown=False):
-            fsync_folder(Path(folder))
         retired = self.root / "retired"
         with disk_errors(self.output):
             shutil.rmtree(retired, ignore_errors=True)
-            if self.output.exists():
-                self.output.rename(retired)
-            self.folder.rename(self.output)
-            fsync_folder(self.output.parent)
+            swap_in(self.folder, self.output, retired)
             shutil.rmtree(self.root, ignore_errors=True)
 
     def _restore_retired(self) -> None:
@@ -104,6 +105,16 @@ class Staging:
         retired = self.root / "retired"
         if retired.is_dir() and not self.output.exists():
             retired.rename(self.output)
+
+
+def swap_in(growing: Path, output: Path, retired: Path) -> None:
+    """Put a finished folder in its place by renames; what was there is at `retired` afterwards. Raises `OSError`."""
+    for folder, _, _ in os.walk(growing, topdown=False):
+        fsync_folder(Path(folder))
+    if output.exists():
+        output.rename(retired)
+    growing.rename(output)
+    fsync_folder(output.parent)
 
 
 def _read_journal(root: Path) -> _Journal:

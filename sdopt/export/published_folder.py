@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt._version import __version__
+from sdopt.bundle.again import again_command
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.digest import digest_of
-from sdopt.disk.files import disk_errors, fsync_folder, require_free_disk, resolve_inside, write_file
+from sdopt.disk.files import disk_errors, require_free_disk, resolve_inside, write_file
+from sdopt.disk.staging import require_place, swap_in
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 from sdopt.preflight.runnable import require_sound
@@ -28,7 +30,7 @@ def open_bundle(folder: Path) -> BundleManifest:
     require_sound(folder, manifest)
     if missing := _REQUIRED - manifest.components.keys():
         raise ArtifactError(
-            f"{folder} is no whole pipeline: it lacks {', '.join(sorted(missing))}", hint="build the bundle again"
+            f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}", hint=again_command(folder)
         )
     return manifest
 
@@ -53,12 +55,7 @@ def staged(output: Path, kind: str, manifest: BundleManifest, needed_bytes: int)
             yield growing
             marker = {"kind": kind, "sdopt": __version__, "bundle": digest_of(manifest.model_dump(mode="json"))}
             write_file(growing / MARKER_NAME, (json.dumps(marker, indent=1) + "\n").encode())
-            for folder, _, _ in os.walk(growing, topdown=False):
-                fsync_folder(Path(folder))
-            if output.exists():
-                output.rename(retired)
-            growing.rename(output)
-            fsync_folder(output.parent)
+            swap_in(growing, output, retired)
         finally:
             if retired.exists() and not output.exists():
                 retired.rename(output)
@@ -79,10 +76,7 @@ def sum_bytes(manifest: BundleManifest, files: Iterable[str]) -> int:
 
 
 def _require_ours(output: Path, kind: str) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ArtifactError(f"{output} is no folder", hint="choose another with -o")
-    if any(parent.exists() and not parent.is_dir() for parent in output.parents):
-        raise ArtifactError(f"{output} cannot be made: a file is in its way", hint="choose another with -o")
+    require_place(output)
     if not output.is_dir() or not any(output.iterdir()):
         return
     try:
@@ -91,5 +85,5 @@ def _require_ours(output: Path, kind: str) -> None:
         found = None
     if not isinstance(found, dict) or found.get("kind") != kind:
         raise ArtifactError(
-            f"{output} is not empty, and is no earlier sdopt export {kind}", hint="choose another folder with -o"
+            f"{output} is not empty, and is not an earlier sdopt export {kind}", hint="choose another folder with -o"
         )

@@ -9,14 +9,15 @@ from pathlib import Path
 import onnx
 
 from sdopt import progress
-from sdopt.bundle.damage import bundle_extents, find_damage
+from sdopt.bundle.again import again_command
+from sdopt.bundle.damage import bundle_extents
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import ComponentRecord, Verdict
 from sdopt.bundle.trust import parse_digest, remember_named
+from sdopt.disk.file_records import find_damage
 from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, UnsafeInputError
 from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine
-from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName, TensorSpec
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
@@ -58,12 +59,12 @@ def check_bundle(folder: Path, *, trust_engines: Iterable[str] = (), machine: Ma
 
     Plans of a whole bundle that `trust_engines` names (SHA-256 of a plan or of `bundle.json`) are trusted from now on.
     No runtime library sees a byte of the bundle. `machine` is this one by default. Raises `ArtifactError` for what is
-    no bundle, and `UsageError` for a digest that is none.
+    not a bundle, and `UsageError` for what is not a digest.
     """
     named = tuple(parse_digest(word) for word in trust_engines)
     manifest = read_manifest(folder)
     if problems := _find_problems(folder, manifest):
-        return CheckReport(folder, manifest, tuple(problems), remedy=rebuild_command(manifest.recipe, folder))
+        return CheckReport(folder, manifest, tuple(problems), remedy=again_command(folder))
     try:
         require_trusted(folder, manifest, named)
     except UnsafeInputError as error:

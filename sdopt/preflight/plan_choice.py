@@ -1,7 +1,8 @@
 """Which of a bundle's plans this machine runs, or why none: from the manifest, NVML and package metadata alone.
 
 What runs where is NVIDIA's word, for TensorRT-RTX in its guide's "CPU-Only AOT" and "Engine Compatibility" pages: a
-plan for named compute capabilities runs on those, the default one on 8.0, 8.6, 8.9, 12.0 and later, and no plan with
+plan for named compute capabilities runs on those, the default one on 8.0, 8.6, 8.9, 12.0 and later, but never on those
+between them as 9.0 (measured), and no plan with
 another release than its own. General TensorRT's plans run with its own release, on the generation they were built on.
 """
 
@@ -12,20 +13,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdopt.bundle.again import again_command, beside
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.bundle.plan_header import RTX_GENERATIONS
+from sdopt.bundle.plan_header import RTX_GENERATIONS, find_rtx_target, runs_portable
 from sdopt.bundle.records import ComponentRecord, PlanRecord
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
 from sdopt.machine.gpus import Gpu
-from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
+from sdopt.model.quantization import Scheme
 from sdopt.model.target import PORTABLE, Runtime, Target
 
 # Least driver of Linux by the major version of CUDA that a library was built with, from NVIDIA's "CUDA Compatibility".
 _LEAST_DRIVER = {12: 525, 13: 580}
-_OLDEST_PORTABLE = 80
+_LEAST_FP8 = 89
 _EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "gpu"}
 # For the CUDA context, activations and workspace beside the plans. Not measured: no GPU has run one yet.
 _MARGIN_BYTES = 1 << 30
@@ -106,29 +108,45 @@ class _Judge:
 
     def _no_gpu(self, plans: list[PlanRecord]) -> Obstacle:
         sentence = "the plans need an NVIDIA GPU, and this machine shows none"
-        return Obstacle(sentence, _rebuild_for_cpu(self.folder, self.manifest))
+        return Obstacle(sentence, _rebuild_for_cpu(self.folder))
 
     def _other_system(self, plans: list[PlanRecord]) -> Obstacle:
         # NVIDIA calls TensorRT-RTX's plans portable between Windows and Linux. No plan has been carried over here.
         systems = _list_words(plan.system for plan in plans)
-        return Obstacle(f"the plans were built for {systems}, and this is {self.machine.system}", self._rebuild())
+        hint = again_command(self.folder)
+        return Obstacle(f"the plans were built for {systems}, and this is {self.machine.system}", hint)
 
     def _is_of_generation(self, plan: PlanRecord) -> bool:
         if not self.machine.gpus:
             return True
         here = self.machine.gpus[0].generation
-        # Of the generations between those that NVIDIA names, as sm90, it says nothing: the runtime has the last word.
-        return plan.generation == here or (plan.generation == PORTABLE and _number(here) >= _OLDEST_PORTABLE)
+        return plan.generation == here or (plan.generation == PORTABLE and runs_portable(here))
 
     def _other_generation(self, plans: list[PlanRecord]) -> Obstacle:
         gpu = self.machine.gpus[0]
         has = _list_words(plan.generation for plan in plans)
         sentence = f"there are plans for {has}, and the {gpu.name} here is {gpu.generation}"
-        if self.manifest.recipe.target.runtime is not Runtime.RTX or gpu.generation not in RTX_GENERATIONS:
-            return Obstacle(sentence, self._rebuild(Target(Runtime.TENSORRT)))
-        kept = {plan.generation for plan in plans} & RTX_GENERATIONS.keys()
-        generations = tuple(sorted(kept | {gpu.generation}, key=_number))
-        return Obstacle(sentence, self._rebuild(Target(Runtime.RTX, generations)))
+        return Obstacle(sentence, self._rebuild_for(gpu.generation, {plan.generation for plan in plans}))
+
+    def _rebuild_for(self, here: str, offered: set[str]) -> str:
+        """Keeps the plans of other generations; where TensorRT-RTX runs none, another runtime takes the same recipe."""
+        manifest = self.manifest
+        if manifest.recipe.target.runtime is not Runtime.RTX:
+            target = Target(Runtime.TENSORRT)
+        elif (rtx := find_rtx_target(here)) is None:
+            target = self._other_runtime()
+        else:
+            kept = offered & RTX_GENERATIONS.keys()
+            target = Target(Runtime.RTX, tuple(sorted(kept | {here}, key=_number))) if rtx.generations else rtx
+        lost = _has_fp8(manifest) and _number(here) < _LEAST_FP8
+        return again_command(self.folder, target=target, precision=Precision.AUTO if lost else None)
+
+    def _other_runtime(self) -> Target:
+        """ONNX Runtime, which needs no more than the card; TensorRT for types that ONNX Runtime does not compute in."""
+        recipe = self.manifest.recipe
+        asked = {recipe.precision, *recipe.component_precision.values()}
+        simple = not recipe.quantization_file and Precision.BF16 not in asked
+        return Target(Runtime.CUDA if simple and "tensorrt" not in self.machine.libraries else Runtime.TENSORRT)
 
     def _no_library(self, plans: list[PlanRecord]) -> Obstacle:
         plan = plans[0]
@@ -166,10 +184,6 @@ class _Judge:
             f"install driver {least} or newer: https://www.nvidia.com/drivers",
         )
 
-    def _rebuild(self, target: Target | None = None) -> str:
-        recipe = self.manifest.recipe
-        return rebuild_command(recipe.model_copy(update={"target": target or recipe.target}), self.folder)
-
 
 def estimate_device_bytes(chosen: PlanChoice) -> int:
     """What the GPU must hold, about: every component's largest plan, and a margin. Streamed weights count nothing."""
@@ -184,18 +198,24 @@ def _find_lack_of_memory(folder: Path, manifest: BundleManifest, chosen: PlanCho
     needed_bytes, total_bytes = estimate_device_bytes(chosen), gpu.record.memory_bytes
     needs = f"the plans need about {needed_bytes / 1e9:.1f} GB of the GPU's memory, by an estimate, and the {gpu.name}"
     if total_bytes and needed_bytes > total_bytes:
-        return [Obstacle(f"{needs} has {total_bytes / 1e9:.1f} GB", _rebuild_for_cpu(folder, manifest))]
+        return [Obstacle(f"{needs} has {total_bytes / 1e9:.1f} GB", _rebuild_for_cpu(folder))]
     if total_bytes and needed_bytes > gpu.free_bytes:
         sentence = f"{needs} has {gpu.free_bytes / 1e9:.1f} GB free"
         return [Obstacle(sentence, "end what else uses the GPU; nvidia-smi lists it")]
     return []
 
 
-def _rebuild_for_cpu(folder: Path, manifest: BundleManifest) -> str:
-    """Beside the bundle, which is whole and may be on its way to another machine."""
-    changes = {"target": Target(Runtime.CPU), "precision": Precision.AUTO}
-    named = folder if folder.name.strip(".") else folder.resolve()
-    return rebuild_command(manifest.recipe.model_copy(update=changes), named.with_name(f"{named.name}-cpu"))
+def _has_fp8(manifest: BundleManifest) -> bool:
+    records = [record.quantization for record in manifest.components.values()]
+    return manifest.recipe.precision is Precision.FP8 or any(
+        record is not None and record.settings.scheme is Scheme.FP8 for record in records
+    )
+
+
+def _rebuild_for_cpu(folder: Path) -> str:
+    """Beside the bundle, which is whole and may be on its way to another machine. Its precision may be a GPU's."""
+    output = beside(folder, "cpu")
+    return again_command(folder, output=output, target=Target(Runtime.CPU), precision=Precision.AUTO)
 
 
 def _list_words(words: Iterable[str]) -> str:

@@ -13,19 +13,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdopt.backends.probes import probe_backend
-from sdopt.bundle.damage import find_damage
+from sdopt.bundle.again import again_command, beside
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.plan_header import find_contradictions
 from sdopt.bundle.trust import list_untrusted
+from sdopt.disk.file_records import find_damage
 from sdopt.disk.files import hash_file, resolve_inside
 from sdopt.errors import ArtifactError, MissingDependency, MissingHardware, UnsafeInputError
 from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine, find_machine
 from sdopt.model.backend_settings import TensorRTSettings
-from sdopt.model.file_names import GRAPH_NAME, MANIFEST_NAME
+from sdopt.model.file_names import GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from sdopt.model.precision import Precision
 from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 
-_WEIGHTS_SUFFIX = "/weights.safetensors"
+_WEIGHTS_SUFFIX = f"/{WEIGHTS_NAME}"
 
 
 def require_sound(folder: Path, manifest: BundleManifest) -> None:
@@ -45,10 +47,10 @@ def require_sound(folder: Path, manifest: BundleManifest) -> None:
     damage = damage or find_bad_plans(folder, manifest)
     if damage:
         raise ArtifactError(
-            f"{folder} is damaged: {'; '.join(damage)}", hint="run the sdopt convert command that made it again"
+            f"{folder} is damaged: {'; '.join(damage)}", hint=f"build it again: {again_command(folder)}"
         )
     for component in manifest.components:
-        if f"{component}/model.onnx" not in manifest.files:
+        if f"{component}/{GRAPH_NAME}" not in manifest.files:
             raise ArtifactError(f"{folder}: the manifest names no graph of {component}")
         check_graph_file(folder / component / GRAPH_NAME)
 
@@ -110,6 +112,6 @@ def require_runnable(folder: Path, manifest: BundleManifest, machine: Machine | 
         if record.precision not in probe.precisions:
             raise MissingHardware(
                 f"{name} computes in {record.precision}, which {record.backend.kind} cannot on this processor",
-                hint="convert again here: sdopt convert MODEL --precision fp32",
+                hint=again_command(folder, output=beside(folder, "fp32"), precision=Precision.FP32),
             )
     return chosen

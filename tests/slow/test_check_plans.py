@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 import sdopt
-from sdopt.bundle.damage import record_file
 from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import find_contradictions
+from sdopt.disk.file_records import record_file
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingHardware, SdoptError, UnsafeInputError
 from sdopt.machine.gpus import find_gpus

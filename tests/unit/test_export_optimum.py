@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.bundle.damage import find_damage
 from sdopt.bundle.manifest import read_manifest
+from sdopt.disk.file_records import find_damage
 from sdopt.errors import ArtifactError
 from sdopt.export.optimum import export_optimum
 from sdopt.export.published_folder import MARKER_NAME

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
-from sdopt.bundle.damage import record_file
 from sdopt.bundle.manifest import read_manifest, write_manifest
 from sdopt.bundle.trust import remember_built
+from sdopt.disk.file_records import record_file
 from sdopt.errors import ArtifactError, SdoptError, UnsafeInputError, UsageError
 from sdopt.export import published_folder as publish
 from sdopt.export.published_folder import MARKER_NAME

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sdopt.bundle.damage import find_damage, record_file, require_intact
+from sdopt.bundle.damage import require_intact
 from sdopt.bundle.manifest import SCHEMA_VERSION, BundleManifest, read_manifest, write_manifest
 from sdopt.disk.digest import FileRecord
+from sdopt.disk.file_records import find_damage, record_file
 from sdopt.errors import ArtifactError, UnsafeInputError
 from sdopt.model.file_names import MANIFEST_NAME
 from tests.reference_session import make_bundle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import PlanRecord
 from sdopt.errors import EnvironmentMissingError, MissingDependency, MissingHardware
 from sdopt.machine.environment import Machine
-from sdopt.model.command import rebuild_command
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.model.recipe import BuildRecipe, VerifySettings
-from sdopt.model.target import parse_target
+from sdopt.model.recipe import BuildRecipe
+from sdopt.model.target import PORTABLE, parse_target
 from sdopt.preflight.plan_choice import PlanChoice, choose_plans
 from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
@@ -86,8 +85,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, type[Environm
         MissingHardware,
     ),
     "another architecture": ({"system": "Linux aarch64"}, {}, "Linux aarch64", "sdopt convert", MissingHardware),
-    "no GPU": ({}, {"generation": None}, "this machine shows none", "sdopt convert 'a b.safetensors' -o "
-               "engines/mine-cpu", MissingHardware),
+    "no GPU": ({}, {"generation": None}, "this machine shows none", "sdopt convert --again engines/mine "
+               "-o engines/mine-cpu --target cpu --precision auto", MissingHardware),
     "no library": (
         {}, {"version": None}, "tensorrt-rtx is not installed",
         "pip install 'sdopt[rtx]' 'tensorrt-rtx==1.7.1.116'", MissingDependency,
@@ -121,13 +120,37 @@ def test_a_reason_is_one_sentence_with_the_command_that_mends_it(name: str, plai
 def test_the_rebuild_keeps_what_the_bundle_has(plain: BundleManifest) -> None:
     error = refused(plain, [make_plan("sm86"), make_plan("sm120")], make_machine("sm89"))
     assert error.message == "there are plans for sm86 and sm120, and the NVIDIA GeForce RTX 4090 here is sm89"
-    assert error.hint == (
-        "sdopt convert 'a b.safetensors' -o engines/mine --target rtx:sm86,sm89,sm120 --precision fp16"
-    )
+    assert error.hint == "sdopt convert --again engines/mine --target rtx:sm86,sm89,sm120"
 
 
-def test_a_gpu_that_rtx_does_not_build_for_is_built_for_where_it_is(plain: BundleManifest) -> None:
-    assert "--target tensorrt" in refused(plain, [make_plan("sm86")], make_machine("sm90")).hint
+@pytest.mark.parametrize("offered", ["sm86", "ampere+"])
+@pytest.mark.parametrize("here", ["sm70", "sm87", "sm90", "sm100", "sm103", "sm110"])
+def test_a_gpu_that_rtx_refuses_gets_another_runtime(offered: str, here: str, plain: BundleManifest) -> None:
+    error = refused(plain, [make_plan(offered)], make_machine(here))
+    assert error.message.endswith(f"is {here}")
+    assert error.hint == "sdopt convert --again engines/mine --target cuda"
+
+
+def test_where_rtx_runs_nothing_a_recipe_that_onnxruntime_cannot_compute_gets_tensorrt(plain: BundleManifest) -> None:
+    hint = "sdopt convert --again engines/mine --target tensorrt"
+    for changes in ({"precision": Precision.INT8}, {"component_precision": {ComponentName.UNET: Precision.BF16}}):
+        manifest = plain.model_copy(update={"recipe": plain.recipe.model_copy(update=changes)})
+        assert refused(manifest, [make_plan(PORTABLE)], make_machine("sm90")).hint == hint
+    machine = make_machine("sm90")
+    installed = {**machine.libraries, "tensorrt": machine.libraries["tensorrt-rtx"]}
+    assert refused(plain, [make_plan(PORTABLE)], replace(machine, libraries=installed)).hint == hint
+
+
+def test_a_gpu_of_a_later_generation_than_rtx_names_is_sent_to_the_portable_plan(plain: BundleManifest) -> None:
+    hint = refused(plain, [make_plan("sm89")], make_machine("sm130")).hint
+    assert hint == "sdopt convert --again engines/mine --target rtx"
+
+
+def test_a_gpu_without_fp8_is_not_sent_to_a_build_that_refuses_it(plain: BundleManifest) -> None:
+    recipe = plain.recipe.model_copy(update={"precision": Precision.FP8})
+    manifest = plain.model_copy(update={"recipe": recipe})
+    hint = refused(manifest, [make_plan("sm89")], make_machine("sm86")).hint
+    assert hint == "sdopt convert --again engines/mine --target rtx:sm86,sm89 --precision auto"
 
 
 def test_every_reason_is_told_and_the_most_final_is_mended(plain: BundleManifest) -> None:
@@ -170,14 +193,3 @@ def test_streamed_weights_and_unknown_memory_are_no_obstacle(plain: BundleManife
 
 def test_packages_append_to_versions(plain: BundleManifest) -> None:
     assert choose(plain, [make_plan()], make_machine(version="1.7.1.116.post1"))
-
-
-def test_a_recipe_as_its_command() -> None:
-    recipe = BuildRecipe(
-        source="m", target=parse_target("rtx:sm89"), size="64x64..96x96", tokens=154, require_fused=True,
-        max_memory="4GiB", verify=VerifySettings(enabled=False),
-    )  # fmt: skip
-    assert shlex.split(rebuild_command(recipe, FOLDER)) == [
-        "sdopt", "convert", "m", "-o", "engines/mine", "--target", "rtx:sm89", "--size", "64x64..96x96", "--tokens",
-        "154", "--max-memory", "4GiB", "--require-fused", "--no-verify",
-    ]  # fmt: skip

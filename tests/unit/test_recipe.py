@@ -26,7 +26,6 @@ from sdopt.model.target import Runtime, Target
         ({"precision": "FP16"}, "FP16", "fp16"),
         ({"target": "openvno"}, "openvno", "'openvino'"),
         ({"dialect": "opset24"}, "opset24", "'opset23'"),
-        ({"prediction": "v-prediction"}, "v-prediction", "'v_prediction'"),
         ({"verify": {"step": 3}}, "verify.step", "'steps'"),
         ({"component_precision": {"unte": "fp32"}}, "unte", "'unet'"),
         ({"component_precision": {"unet": "bf61"}}, "bf61", "'bf16'"),

@@ -304,11 +304,11 @@ def test_a_plan_of_another_network_is_refused_by_its_tensors(tmp_path: Path) -> 
 BITS = double.EngineInvalidityDiagnostics
 SENTENCES = {
     BITS.VERSION_MISMATCH: (MissingDependency, "was made by TensorRT-RTX 1.6.0", "pip install 'tensorrt-rtx==1.6.0'"),
-    BITS.UNSUPPORTED_CC: (MissingHardware, "was built for sm120, and this GPU", "--target rtx:sm89"),
+    BITS.UNSUPPORTED_CC: (MissingHardware, "was built for sm120, and this GPU", "--again bundle --target rtx:sm89"),
     BITS.OLD_CUDA_DRIVER: (MissingHardware, "driver 580.65.06 is too old", "install a newer NVIDIA driver"),
     BITS.OLD_CUDA_RUNTIME: (MissingDependency, "CUDA runtime here is too old", "pip install --upgrade 'sdopt[rtx]'"),
     BITS.INSUFFICIENT_GPU_MEMORY: (MissingHardware, "too little free memory", "nvidia-smi"),
-    BITS.MALFORMED_ENGINE: (ArtifactError, "is no plan of TensorRT-RTX 1.7.1.116", "--target rtx"),
+    BITS.MALFORMED_ENGINE: (ArtifactError, "is not a plan of TensorRT-RTX 1.7.1.116", "--again bundle"),
     BITS.CUDA_ERROR: (MissingHardware, "CUDA does not work here: cudaError 35", "nvidia-smi"),
 }
 
@@ -317,7 +317,7 @@ SENTENCES = {
 def test_each_reason_why_a_plan_cannot_run_is_a_sentence_and_a_command(bit: BITS) -> None:
     kind, sentence, hint = SENTENCES[bit]
     record = record_of("unet/0.plan", version="1.6.0", generation="sm120")
-    error = explain_invalidity(double.make_library(), int(bit), record, IDENTITY, "cudaError 35")
+    error = explain_invalidity(double.make_library(), int(bit), record, IDENTITY, Path("bundle"), "cudaError 35")
     assert isinstance(error, kind)
     assert sentence in error.message
     assert hint in error.hint
@@ -325,10 +325,18 @@ def test_each_reason_why_a_plan_cannot_run_is_a_sentence_and_a_command(bit: BITS
 
 def test_several_reasons_are_all_named_and_the_most_basic_is_mended_first() -> None:
     both = BITS.UNSUPPORTED_CC | BITS.OLD_CUDA_DRIVER
-    error = explain_invalidity(double.make_library(), int(both), record_of("unet/0.plan"), IDENTITY)
+    error = explain_invalidity(double.make_library(), int(both), record_of("unet/0.plan"), IDENTITY, Path("bundle"))
     assert error.hint.startswith("install a newer NVIDIA driver")
     assert "too old" in error.message
     assert "was built for" in error.message
+
+
+def test_a_gpu_that_rtx_does_not_know_is_sent_to_a_runtime_that_does() -> None:
+    gpu = dataclasses.replace(IDENTITY, generation="sm90")
+    error = explain_invalidity(
+        double.make_library(), int(BITS.UNSUPPORTED_CC), record_of("unet/0.plan"), gpu, Path("bundle")
+    )
+    assert error.hint == "build it for this GPU: sdopt convert --again bundle --target cuda"
 
 
 def test_an_invalid_plan_is_not_deserialised(tmp_path: Path) -> None:
@@ -420,7 +428,7 @@ def test_the_real_library_answers_without_a_gpu_and_its_words_are_kept(content: 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     component = component_of(tmp_path)
-    file, words = component.plans[0].file, "is no plan of TensorRT-RTX"
+    file, words = component.plans[0].file, "is not a plan of TensorRT-RTX"
     if content == "a real plan":
         (tmp_path / file).write_bytes(build_real_plan(library))
         words = "cudaError"

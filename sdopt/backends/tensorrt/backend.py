@@ -6,8 +6,11 @@ from sdopt.backends.cuda import find_gpu, shared_gpu
 from sdopt.backends.protocol import ComponentFiles, Session
 from sdopt.backends.tensorrt.loading import load_library
 from sdopt.backends.tensorrt.session import TensorRTSession
+from sdopt.bundle.again import again_command
+from sdopt.bundle.plan_header import find_rtx_target
 from sdopt.errors import MissingHardware
 from sdopt.model.backend_settings import TensorRTSettings
+from sdopt.model.target import Runtime, Target
 
 
 class TensorRTBackend:
@@ -25,12 +28,14 @@ class TensorRTBackend:
         gpu, identity = shared_gpu(), find_gpu()
         assert identity is not None
         if not component.plans:
+            target = _choose_target(self._settings, identity.generation)
             raise MissingHardware(
                 f"{component.name} has no plan for this GPU ({identity.name}, {identity.generation})",
-                hint=f"build one: sdopt convert MODEL --target {_target(self._settings, identity.generation)}",
+                hint=f"build one: {again_command(component.folder.parent, target=target)}",
             )
         return TensorRTSession(component, self._settings, self._library, gpu, identity)
 
 
-def _target(settings: TensorRTSettings, generation: str) -> str:
-    return f"rtx:{generation}" if settings.kind == "tensorrt-rtx" else "tensorrt"
+def _choose_target(settings: TensorRTSettings, generation: str) -> Target:
+    rtx = find_rtx_target(generation) if settings.kind == "tensorrt-rtx" else None
+    return rtx or Target(Runtime.TENSORRT)

@@ -12,8 +12,11 @@ from typing import Any
 
 from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.tensorrt.messages import Messages, make_logger
+from sdopt.bundle.again import again_command
+from sdopt.bundle.plan_header import find_rtx_target
 from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, SdoptError
+from sdopt.model.target import Runtime, Target
 
 _OUT_OF_MEMORY = ("out of memory", "outofmemory")
 
@@ -57,15 +60,16 @@ def load_engine(library: Any, path: Path, sha256: str, record: PlanRecord, gpu: 
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ArtifactError(
                 f"{path} was changed: its SHA-256 differs from the manifest's",
-                hint="run the sdopt convert command that made the bundle again",
+                hint=f"build the bundle again: {again_command(path.parent.parent)}",
             )
-        _require_valid(library, runtime, data, record, gpu, messages)
+        _require_valid(library, runtime, data, record, gpu, messages, path.parent.parent)
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         if messages.say(*_OUT_OF_MEMORY):
             raise _too_little_memory(record)
         raise BackendError(
-            f"{record.flavour} cannot open {path}: {messages.text}", hint="build the bundle again with sdopt convert"
+            f"{record.flavour} cannot open {path}: {messages.text}",
+            hint=f"build the bundle again: {again_command(path.parent.parent)}",
         )
     return LoadedEngine(library, runtime, engine, messages, record, _stream_weights(engine, record))
 
@@ -91,26 +95,30 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def _require_valid(
-    library: Any, runtime: Any, data: mmap.mmap, record: PlanRecord, gpu: GpuIdentity, messages: Messages
+    library: Any, runtime: Any, data: mmap.mmap, record: PlanRecord, gpu: GpuIdentity, messages: Messages, folder: Path
 ) -> None:
     """Ask TensorRT-RTX, which knows it from the plan's header. General TensorRT says it when it deserialises."""
     if record.flavour != "tensorrt-rtx":
         return
     validity, diagnostics = runtime.get_engine_validity(data[: int(runtime.engine_header_size)])
     if validity == library.EngineValidity.INVALID:
-        raise explain_invalidity(library, int(diagnostics), record, gpu, messages.text)
+        raise explain_invalidity(library, int(diagnostics), record, gpu, folder, messages.text)
 
 
 def explain_invalidity(
-    library: Any, diagnostics: int, record: PlanRecord, gpu: GpuIdentity, said: str = ""
+    library: Any, diagnostics: int, record: PlanRecord, gpu: GpuIdentity, folder: Path, said: str = ""
 ) -> SdoptError:
-    """The bits of `EngineInvalidityDiagnostics` as an error: the first is the one to mend, the others follow it."""
+    """The bits of `EngineInvalidityDiagnostics` as an error: the first is the one to mend, the others follow it.
+
+    `folder` is the bundle, for the hint.
+    """
     bits = library.EngineInvalidityDiagnostics
     plan = f"the plan {record.file}"
-    again = "sdopt convert MODEL --target"
+    again = again_command(folder)
+    mended = again_command(folder, target=find_rtx_target(gpu.generation) or Target(Runtime.CUDA))
     known: tuple[tuple[Any, type[SdoptError], str, str], ...] = (
-        (bits.MALFORMED_ENGINE, ArtifactError, f"{plan} is no plan of TensorRT-RTX {library.__version__}",
-         f"build it again: {again} rtx"),
+        (bits.MALFORMED_ENGINE, ArtifactError, f"{plan} is not a plan of TensorRT-RTX {library.__version__}",
+         f"build it again: {again}"),
         (bits.CUDA_ERROR, MissingHardware, f"CUDA does not work here: {said}",
          "nvidia-smi shows whether the driver runs"),
         (bits.OLD_CUDA_DRIVER, MissingHardware,
@@ -120,10 +128,10 @@ def explain_invalidity(
          "pip install --upgrade 'sdopt[rtx]'"),
         (bits.VERSION_MISMATCH, MissingDependency,
          f"{plan} was made by TensorRT-RTX {record.version}, and {library.__version__} is installed",
-         f"pip install 'tensorrt-rtx=={record.version}', or build it again: {again} rtx"),
+         f"pip install 'tensorrt-rtx=={record.version}', or build it again: {again}"),
         (bits.UNSUPPORTED_CC, MissingHardware,
          f"{plan} was built for {record.generation}, and this GPU ({gpu.name}) is {gpu.generation}",
-         f"build it for this GPU: {again} rtx:{gpu.generation}"),
+         f"build it for this GPU: {mended}"),
         (bits.INSUFFICIENT_GPU_MEMORY, MissingHardware, _too_little_memory(record).message,
          _too_little_memory(record).hint),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from sdopt.backends.protocol import ComponentFiles, DeviceMemory, axis_sizes
 from sdopt.backends.tensorrt.context import BoundContext
 from sdopt.backends.tensorrt.engine import LoadedEngine, load_engine
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path
+from sdopt.bundle.again import again_command
 from sdopt.bundle.records import PlanRecord
 from sdopt.disk.files import resolve_inside
 from sdopt.errors import ArtifactError, ShapeError
@@ -34,7 +35,10 @@ class OpenPlan:
         path = resolve_inside(component.folder.parent, record.file)
         digest = component.plan_digests.get(record.file)
         if digest is None:
-            raise ArtifactError(f"the manifest has no digest of {record.file}", hint="build the bundle again")
+            raise ArtifactError(
+                f"the manifest has no digest of {record.file}",
+                hint=f"build the bundle again: {again_command(component.folder.parent)}",
+            )
         self.loaded = load_engine(library, path, digest, record, identity)
         _require_same_tensors(self.loaded, component)
         config = self.loaded.engine.create_runtime_config()
@@ -139,7 +143,7 @@ def choose_plan(component: ComponentFiles, sizes: Mapping[str, int]) -> PlanReco
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     raise ShapeError(
         f"{component.name} was built for no profile with {asked}",
-        hint="build another bundle with sdopt convert --size / --batch / --tokens",
+        hint="build another bundle with sdopt convert --again FOLDER -o ANOTHER and --size, --batch or --tokens",
     )
 
 
@@ -163,6 +167,6 @@ def _require_same_tensors(loaded: LoadedEngine, component: ComponentFiles) -> No
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise ArtifactError(
-            f"{loaded.record.file} is no plan of this {component.name}: {', '.join(wrong)} differ from the manifest",
-            hint="build the bundle again with sdopt convert",
+            f"{loaded.record.file} is not a plan of this {component.name}: {', '.join(wrong)} differ from the manifest",
+            hint=f"build the bundle again: {again_command(component.folder.parent)}",
         )

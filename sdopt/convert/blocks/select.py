@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import progress
-from sdopt.bundle.damage import record_file
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.bundle.records import Verdict
 from sdopt.convert.blocks.calibrate import calibrate
@@ -25,6 +24,7 @@ from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.configs import find_prompts
 from sdopt.disk.digest import FileRecord, digest_of
+from sdopt.disk.file_records import record_file
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
