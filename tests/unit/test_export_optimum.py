@@ -32,6 +32,6 @@ def test_everything_but_sdopt_s_own_is_there(bundle: Path, tmp_path: Path) -> No
 
 def test_a_bundle_is_never_replaced_by_its_own_export(bundle: Path) -> None:
     before = sorted(bundle.rglob("*"))
-    with pytest.raises(ArtifactError, match="no earlier sdopt export optimum"):
+    with pytest.raises(ArtifactError, match="not an earlier sdopt export optimum"):
         export_optimum(bundle, bundle)
     assert sorted(bundle.rglob("*")) == before
