@@ -30,7 +30,7 @@ from tests.planted_plans import make_machine, make_plan, with_plans
 from tests.reference_session import make_bundle
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "prediction": {"prediction": Prediction.V_PREDICTION},
+    "prediction": {"prediction": Prediction.V_PREDICTION, "ema": True},
     "int8 weights": {"quantization": "int8-weights", "precision": Precision.INT8, "require_quantized": True},
     "dynamic sizes": {"dynamic": True, "size": "64x96", "batch": 3, "tokens": 231},
     "several sizes": {"size": "64x64..96x96,128x64"},
