@@ -47,7 +47,7 @@ class SyntaxPiece:
 
 # In the order in which a piece is named where several rules fit.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"<[A-Za-z_]\w*:[^<>]*>"), "an extra network, such as a LoRA"),
+    (re.compile(r"<[A-Za-z_]\w*:[^<>]*>"), "a LoRA or another extra network"),
     (re.compile(r"<[A-Za-z][\w-]*>"), "the token of a textual inversion"),
     (re.compile(r"(?<!\S)\(*embedding:\S+"), "an embedding of ComfyUI"),
     (re.compile(r"\((?:[^()]*)(?:\)[\d.]*|$)"), "attention"),

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from sdopt.backends.protocol import Session
 
+# For a network whose own is not known: 8 pixels per latent element, halved three times on the way down.
+_MULTIPLE_PX = 64
+
 
 def check_picture_size(session: Session, value: torch.Tensor, pixels_per_element: int) -> None:
     """Refuse a picture or latent (rows, channels, height, width) that the engine was not built for."""
@@ -19,8 +22,13 @@ def check_picture_size(session: Session, value: torch.Tensor, pixels_per_element
     require_size(session, width_px, height_px, pixels_per_element)
 
 
-def require_size(session: Session, width_px: int, height_px: int, pixels_per_element: int) -> None:
-    """Raise a `ShapeError` that names the profiles of the engine, and the nearest, unless one takes this size."""
+def require_size(
+    session: Session, width_px: int, height_px: int, pixels_per_element: int, *, multiple_px: int = _MULTIPLE_PX
+) -> None:
+    """Raise a `ShapeError` that names the profiles of the engine, and the nearest, unless one takes this size.
+
+    `multiple_px` is what both sides of a picture have to be a multiple of, for a bundle that could take it.
+    """
     height, width = (str(axis) for axis in session.spec.inputs[0].axes[2:])
     built = [{axis: table[axis].scaled(pixels_per_element) for axis in (width, height)} for table in session.profiles]
     if any(width_px in table[width] and height_px in table[height] for table in built):
@@ -30,8 +38,8 @@ def require_size(session: Session, width_px: int, height_px: int, pixels_per_ele
     if len(names) > 1:
         near = nearest_profile(built, {width: width_px, height: height_px})
         span += f"; the nearest is {write_size(near[width], near[height])}"
-    asked = f"{width_px}x{height_px}"
+    possible = "x".join(str(max(1, round(side / multiple_px)) * multiple_px) for side in (width_px, height_px))
     raise ShapeError(
-        f"a picture of {asked} px: {session.spec.name} was built for {span}",
-        hint=f"leave out height and width, or build another bundle with sdopt convert --size {asked}",
+        f"a picture of {width_px}x{height_px} px: {session.spec.name} was built for {span}",
+        hint=f"draw at the bundle's own size, or build another bundle with sdopt convert --size {possible}",
     )

@@ -140,6 +140,14 @@ def test_unet_of_another_size_names_the_size_built_in_pixels() -> None:
     assert "--size 16x32" in caught.value.hint
 
 
+def test_the_hint_names_a_size_that_convert_accepts() -> None:
+    unet, _ = make_unet()
+    for asked, possible in (((17, 30), "16x32"), ((1, 1), "4x4"), ((64, 32), "64x32")):
+        with pytest.raises(ShapeError) as caught:
+            unet.check_size(*asked)
+        assert caught.value.hint.endswith(f"sdopt convert --size {possible}")
+
+
 def test_a_size_between_profiles_is_refused_and_the_nearest_named() -> None:
     spec = describe_component(ComponentName.UNET, UNET, Family.SD1, DType.FP32)
     profiles = [ShapeProfile.static(width_px=512, height_px=512), ShapeProfile.static(width_px=768, height_px=768)]

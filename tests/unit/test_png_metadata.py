@@ -336,7 +336,7 @@ def test_command_seeds_itself(folder: Path, tmp_path: Path) -> None:
         (("x", "y", "-o", "out.png"), "out.png is one file, and 2 pictures are asked for"),
         (("x", "-o", "{picture}"), "exists, and pictures are never overwritten"),
         (("a (big:1.3) cat",), r"has '\(big:1.3\)', which other programs read as attention"),
-        (("x", "--negative", "<lora:x:1>"), "an extra network, such as a LoRA"),
+        (("x", "--negative", "<lora:x:1>"), "a LoRA or another extra network"),
         (("x", "--steps", "1001"), "--steps is 1001, and has to be a whole number from 1 to 1000"),
         (("x", "--scale", "nan"), "--scale is nan, and has to be a number from 0 to 100"),
         (("x", "-o", "{file}"), "a file is in its place"),

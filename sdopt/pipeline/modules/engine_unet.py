@@ -97,10 +97,11 @@ class EngineUNet(EngineModule):
 
     def check_size(self, width_px: int, height_px: int) -> None:
         """Raise `ShapeError` for a picture that the engine cannot draw; the nearest that it can is named."""
-        require_size(self.session, width_px, height_px, self.pixels_per_latent)
+        multiple_px = self.pixels_per_latent * unet_factor(self.config)
+        require_size(self.session, width_px, height_px, self.pixels_per_latent, multiple_px=multiple_px)
         # A range has sizes at which the skip connections of this UNet do not meet.
         profile = ShapeProfile.static(width_px=width_px, height_px=height_px)
-        profile.check_against(self.pixels_per_latent * unet_factor(self.config))
+        profile.check_against(multiple_px)
 
     def _complete(self, inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
         known = {tensor.name for tensor in self.session.spec.inputs}
