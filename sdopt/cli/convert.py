@@ -21,7 +21,7 @@ from sdopt.model.recipe import BuildRecipe, parse_recipe
 
 if TYPE_CHECKING:
     from sdopt.bundle.manifest import BundleManifest
-    from sdopt.convert.steps import Step
+    from sdopt.convert.build import Step
 
 
 @click.command()
@@ -73,8 +73,8 @@ def convert(
     """
     recipe = merge_recipe(recipe_file, {**flags, "source": source}, no_verify=no_verify, again=again)
     from sdopt.convert.convert import convert as build
+    from sdopt.convert.convert import list_steps
     from sdopt.convert.decide import open_plan
-    from sdopt.convert.steps import list_steps
 
     output = output or again or Path("engines") / _default_name(recipe.source)
     with progress.shown_on_stderr():
@@ -168,7 +168,7 @@ def _show_steps(steps: list[Step], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("step", "of", "", "disk MB", "peak memory MB", "seconds, about", title="what convert will do")
+    table = Table("step", "of", "", "disk MB", "memory MB, about", "seconds, about", title="what convert will do")
     for step in steps:
         todo = "" if step.found else f"{step.expected_s:.0f}"
         table.add_row(

@@ -1,47 +1,29 @@
-"""`sdopt convert` as a function: checkpoint -> plan -> weights and graphs -> parity -> fidelity -> published bundle."""
+"""`sdopt convert` as a function: the stages one after the other, and the one rename that publishes the bundle."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
+from sdopt import progress
 from sdopt.bundle.manifest import BundleManifest, write_manifest
-from sdopt.bundle.records import (
-    BuildRecord,
-    ComponentRecord,
-    FidelityRecord,
-    GraphAudit,
-    ParityRecord,
-    Verdict,
-)
-from sdopt.convert.card import make_card, write_small_files
-from sdopt.convert.fidelity import PictureJudge, judge
+from sdopt.convert.build import Build, Step
 from sdopt.convert.finished import find_finished, vouch_for
-from sdopt.convert.graphs import find_graph, trace_missing
-from sdopt.convert.parity import prove_parity, require_runtimes
+from sdopt.convert.parity import require_runtimes
 from sdopt.convert.plan import BuildPlan, require_backends
-from sdopt.convert.plans.ladder import MadePlan, make_plans, place_plan
 from sdopt.convert.plans.wanted import generations, require_builder
-from sdopt.disk.digest import FileRecord, digest_of
-from sdopt.disk.file_records import record_file
-from sdopt.disk.files import require_free_disk, write_file
-from sdopt.disk.staging import Staging, drop_unknown, locked, require_ours
+from sdopt.convert.stages import STAGES, estimate
+from sdopt.disk.files import require_free_disk
+from sdopt.disk.staging import locked, require_ours
 from sdopt.disk.store import Store, cache_root
-from sdopt.errors import ExportError, UsageError
-from sdopt.machine.environment import describe_machine
-from sdopt.model.component import ComponentName
-from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, WEIGHTS_NAME
-from sdopt.processes.nursery import current_nursery, own_nursery, submit_in_context
-from sdopt.weights.stream import write_weights
+from sdopt.errors import UsageError
+from sdopt.processes.nursery import own_nursery
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000
+# Less is not worth a word.
+_LEFT_S = 20.0
 
 
 def convert(plan: BuildPlan, output: Path, *, read_all: bool = False) -> BundleManifest:
@@ -61,17 +43,37 @@ def convert(plan: BuildPlan, output: Path, *, read_all: bool = False) -> BundleM
     if plan.recipe.target.runtime.makes_plans:
         require_builder(plan)
     with own_nursery(), locked(output, cache):
-        store = Store(cache)
-        if (finished := find_finished(plan, output, store, read_all=read_all)) is not None:
+        known = Store(cache)  # what it finds is not what the build uses again
+        if (finished := find_finished(plan, output, known, read_all=read_all)) is not None:
             return finished
         weights_bytes = sum(part.weights_bytes for part in plan.components.values())
         plans_bytes = weights_bytes * len(plan.profiles) * len(generations(plan))
         require_free_disk(output.parent, weights_bytes + plans_bytes + _SMALL_FILES_BYTES)
-        staging = Staging(output)
-        manifest = _build(plan, store, staging, cache)
-        staging.publish()
-        vouch_for(output, manifest.files, store)
-    return manifest
+        build = Build(plan, output, Store(cache), cache)
+        _run_stages(build)
+        write_manifest(build.staging.folder, build.manifest)
+        build.staging.publish()
+        vouch_for(output, build.manifest.files, known)
+    return build.manifest
+
+
+def list_steps(plan: BuildPlan, output: Path, *, read_all: bool = False) -> list[Step]:
+    """The steps of `convert(plan, output)` in order. Reads the store and what is at `output`, and builds nothing."""
+    output, cache = Path(os.path.abspath(output)), cache_root()
+    require_ours(output)
+    require_apart(plan, output)
+    finished = find_finished(plan, output, Store(cache), read_all=read_all) is not None
+    return estimate(Build(plan, output, Store(cache), cache), finished=finished)
+
+
+def _run_stages(build: Build) -> None:
+    expected_s = [sum(step.expected_s for step in stage.estimate(build)) for stage in STAGES]
+    for number, stage in enumerate(STAGES):
+        left_s = sum(expected_s[number:])
+        if left_s >= _LEFT_S and expected_s[number]:
+            minutes = f"{left_s / 60:.0f} minutes" if left_s >= 90 else f"{left_s:.0f} seconds"
+            progress.update(f"{stage.name}; about {minutes} left, by an estimate", 0.0)
+        stage.run(build)
 
 
 def require_apart(plan: BuildPlan, output: Path) -> None:
@@ -89,137 +91,3 @@ def require_apart(plan: BuildPlan, output: Path) -> None:
             f"the checkpoint {source} is in {output}, which a finished bundle would replace",
             hint=f"choose another folder: -o {beside}",
         )
-
-
-def _build(plan: BuildPlan, store: Store, staging: Staging, cache: Path) -> BundleManifest:
-    start_ns = time.monotonic_ns()
-    weights: Mapping[ComponentName, FileRecord] = _make_weights_and_graphs(plan, store, staging, cache)
-    found = {name: _require_graph(store, plan, name) for name in plan.components}
-    write_small_files(plan, {name: graph for name, (graph, _) in found.items()}, staging.folder)
-    parity: Mapping[ComponentName, ParityRecord] = {}
-    if plan.recipe.verify.enabled:
-        digests = {name: record.sha256 for name, record in weights.items()}
-        parity = prove_parity(plan, store, staging.folder, staging.work, digests)
-    audits = {name: audit for name, (_, audit) in found.items()}
-    components = {
-        name: ComponentRecord(
-            spec=part.spec, precision=part.precision, precision_reason=part.precision_reason, backend=part.backend,
-            architecture=part.architecture, weights_key=part.weights_key, audit=audits[name], parity=parity.get(name),
-        )
-        for name, part in plan.components.items()
-    }  # fmt: skip
-    draft = _draft_manifest(plan, staging.output.name, components, weights)
-    pictures = PictureJudge(store, staging)
-    if plan.quantization is not None:
-        from sdopt.convert.blocks.select import Shop, quantize  # torch and onnx, for seconds
-
-        wanted = pictures if plan.recipe.verify.enabled and plan.recipe.verify.fidelity else None
-        quantized = quantize(Shop(plan, draft, weights, store, cache, staging, wanted))
-        plan, draft, weights = quantized.plan, quantized.draft, quantized.weights
-    made = make_plans(plan, store, cache, staging.folder, audits, weights)
-    for each in made:
-        place_plan(each, staging.folder)
-    draft = _with_plans(draft, made)
-    fidelity = judge(draft, pictures)
-    manifest = draft.model_copy(update={"fidelity": fidelity})
-    write_file(staging.folder / "README.md", make_card(manifest).encode())
-    files = _record_files(staging.folder, plan, weights, made)
-    reused = (*store.reused, *(["weights"] if staging.reused_weights else []))
-    build = BuildRecord(wall_ns=time.monotonic_ns() - start_ns, reused=reused)
-    manifest = manifest.model_copy(update={"files": files, "build": build})
-    write_manifest(staging.folder, manifest)
-    return manifest
-
-
-def _make_weights_and_graphs(
-    plan: BuildPlan, store: Store, staging: Staging, cache: Path
-) -> dict[ComponentName, FileRecord]:
-    """Trace in a child while this process copies the weights: one is bound by the processor, the other by the disk."""
-    with ThreadPoolExecutor(1) as background:
-        tracing = submit_in_context(background, trace_missing, plan, store, cache)
-        # Inside: the pool waits for its thread when it is left, and the thread waits for the child.
-        with _children_ended_on_error():
-            weights = {name: _make_weights(plan, name, staging) for name in plan.components}
-            tracing.result()
-    return weights
-
-
-@contextmanager
-def _children_ended_on_error() -> Iterator[None]:
-    """Ctrl-C or a failure must not wait for a child that traces on for a minute."""
-    try:
-        yield
-    except BaseException:
-        current_nursery().kill()
-        raise
-
-
-def _make_weights(plan: BuildPlan, name: ComponentName, staging: Staging) -> FileRecord:
-    part = plan.components[name]
-    if (record := staging.find_weights(name, part.weights_key)) is not None:
-        return record
-    (staging.folder / name).mkdir(exist_ok=True)
-    path = staging.folder / name / WEIGHTS_NAME
-    written = write_weights(path, part.tensors, part.graph_dtype, label=f"copying the weights of {name}")
-    record = FileRecord(sha256=written.sha256, size_bytes=written.size_bytes)
-    staging.note_weights(name, part.weights_key, record)
-    return record
-
-
-def _require_graph(store: Store, plan: BuildPlan, name: ComponentName) -> tuple[Path, GraphAudit]:
-    found = find_graph(store, plan.components[name].architecture)
-    if found is None:
-        raise ExportError(f"the graph of {name} vanished from the store while it was used")
-    return found
-
-
-def _draft_manifest(
-    plan: BuildPlan, name: str, components: dict[ComponentName, ComponentRecord],
-    weights: Mapping[ComponentName, FileRecord],
-) -> BundleManifest:  # fmt: skip
-    """The manifest of the staged 16-bit bundle, before anything is quantised, compiled or judged."""
-    checkpoint = plan.checkpoint
-    assert checkpoint.prediction is not None
-    digest = digest_of({component: record.sha256 for component, record in weights.items()})
-    return BundleManifest(
-        name=name,
-        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        family=checkpoint.family,
-        prediction=checkpoint.prediction,
-        inpainting=checkpoint.inpainting,
-        source=checkpoint.source.model_copy(update={"digest": digest}),
-        recipe=plan.recipe,
-        profile=plan.profile,
-        profiles=plan.profiles,
-        dialect=plan.recipe.dialect,
-        components=components,
-        files={},
-        fidelity=FidelityRecord(verdict=Verdict.NOT_VERIFIED, reason="turned off by --no-verify or the recipe"),
-        environment=describe_machine(),
-    )
-
-
-def _with_plans(draft: BundleManifest, made: Sequence[MadePlan]) -> BundleManifest:
-    """The manifest as the verdict needs it: plans are opened by their digests."""
-    components = {
-        name: record.model_copy(
-            update={"plans": tuple(plan for each in made if each.component is name for plan in each.records)}
-        )
-        for name, record in draft.components.items()
-    }
-    files = {**draft.files, **{each.records[0].file: each.file for each in made}}
-    return draft.model_copy(update={"components": components, "files": files})
-
-
-def _record_files(
-    folder: Path, plan: BuildPlan, weights: Mapping[ComponentName, FileRecord], plans: Sequence[MadePlan]
-) -> dict[str, FileRecord]:
-    known = {f"{name}/{WEIGHTS_NAME}": record for name, record in weights.items()}
-    known |= {made.records[0].file: made.file for made in plans}
-    keep = set(known)
-    keep |= {f"{name}/{file}" for name in plan.components for file in (GRAPH_NAME, CONFIG_NAME)}
-    keep |= {"model_index.json", "README.md", "scheduler/scheduler_config.json"}
-    for kind in plan.checkpoint.tokenizers:
-        keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}
-    drop_unknown(folder, keep)
-    return {relative: known.get(relative) or record_file(folder / relative) for relative in sorted(keep)}

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdopt.bundle.records import Verdict
-from sdopt.convert.convert import convert
+from sdopt.convert.convert import convert, list_steps
 from sdopt.convert.decide import open_plan
-from sdopt.convert.steps import list_steps
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings

@@ -29,10 +29,11 @@ from sdopt.convert import fidelity as judge_module
 from sdopt.convert.blocks.choose import Measurement, harm_of
 from sdopt.convert.blocks.quantized_component import Candidate
 from sdopt.convert.blocks.recording import Call
-from sdopt.convert.blocks.select import Shop, explain_none, quantize
+from sdopt.convert.blocks.select import explain_none, quantize
 from sdopt.convert.blocks.trajectories import Trajectories
 from sdopt.convert.blocks.trials import Trial, TrialJob, TrialRecord, measure_error, run_trials
 from sdopt.convert.blocks.write import Stock
+from sdopt.convert.build import Build
 from sdopt.convert.fidelity import runnable_here
 from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.disk.digest import FileRecord
@@ -154,7 +155,7 @@ class Workshop:
         self.bench = Bench(blocks, timed=timed)
         monkeypatch.setattr(candidate_module, "run_trials", self.bench.run_trials)
         monkeypatch.setattr(candidate_module, "publish_choice", self.bench.publish)
-        monkeypatch.setattr(stage, "_prepare", lambda shop, name, trajectories: self._make_candidate(name))
+        monkeypatch.setattr(stage, "_prepare", lambda build, name, trajectories: self._make_candidate(name))
         monkeypatch.setattr(stage, "record_trajectories", self._record)
         self.staging = Staging(tmp_path / "out")
         self.prompts: list[str] = []
@@ -167,12 +168,18 @@ class Workshop:
         changed = plan.recipe.model_copy(update=recipe)
         weights = {name: FileRecord(sha256="1" * 64, size_bytes=1000) for name in draft.components}
         self.pictures = Pictures(self.staging.folder, fails)
-        self.shop = Shop(
-            dataclasses.replace(plan, recipe=changed), draft.model_copy(update={"recipe": changed}), weights,
-            Store(tmp_path / "cache"), tmp_path / "cache", self.staging,
-            self.pictures if draws else None,  # type: ignore[arg-type]
+        if not draws:
+            changed = changed.model_copy(update={"verify": changed.verify.model_copy(update={"fidelity": False})})
+        self.build = Build(
+            dataclasses.replace(plan, recipe=changed), tmp_path / "out", Store(tmp_path / "cache"), tmp_path / "cache",
+            weights=weights, draft=draft.model_copy(update={"recipe": changed}),
         )  # fmt: skip
+        self.build.__dict__.update(staging=self.staging, pictures=self.pictures)
         self.tmp_path = tmp_path
+
+    @property
+    def settings(self) -> Any:
+        return self.build.plan.quantization
 
     def _record(
         self, folder: Path, draft: BundleManifest, store: Store, settings: Any, prompts: Any, cache: Path
@@ -183,7 +190,7 @@ class Workshop:
     def _make_candidate(self, name: ComponentName) -> Candidate | None:
         if name not in self.bench.blocks:
             return None
-        settings = self.shop.settings.components[name]
+        settings = self.settings.components[name]
         groups = {
             group: {f"{group}.{number}": LayerChoice(settings.scheme) for number in range(block.layers)}
             for group, block in self.bench.blocks[name].items()
@@ -198,7 +205,7 @@ class Workshop:
 
     def quantize(self) -> tuple[dict[str, set[str]], dict[ComponentName, dict[str, str]]]:
         """The blocks that are staged as quantised, and the reasons of the others."""
-        self.result = quantize(self.shop)
+        self.result = quantize(self.build)
         records = {name: record.quantization for name, record in self.result.draft.components.items()}
         reasons = {
             name: {block.name: block.reason for block in record.blocks if not block.quantized}
@@ -366,7 +373,7 @@ def test_nothing_that_pays_costs_no_drawing_and_leaves_the_engines_alone(make: M
     assert "set" not in workshop.pictures.said
     assert not any(staged.values())
     assert (workshop.staging.folder / "unet" / "model.onnx").read_text() == "16-bit"
-    assert workshop.result.weights == workshop.shop.weights
+    assert workshop.result.weights == workshop.build.weights
     assert reasons[UNET]["slow"].startswith("slower")
 
 
@@ -410,12 +417,10 @@ def test_prompts_that_pictures_are_judged_by_are_not_calibrated_with(make: Make,
     drawn = DEFAULT_PROMPTS[0]
     file.write_text(f"a cat\n{drawn}\na dog\n")
     workshop = make({UNET: {"fine": Block()}})
-    settings = workshop.shop.settings
+    settings = workshop.settings
     calibration = settings.calibration.model_copy(update={"prompts": str(file)})
     changed = settings.model_copy(update={"calibration": calibration})
-    workshop.shop = dataclasses.replace(
-        workshop.shop, plan=dataclasses.replace(workshop.shop.plan, quantization=changed)
-    )
+    workshop.build.plan = dataclasses.replace(workshop.build.plan, quantization=changed)
     workshop.quantize()
     assert workshop.prompts == ["a cat", "a dog"]
 
@@ -424,7 +429,7 @@ def test_prompts_that_pictures_are_judged_by_are_not_calibrated_with(make: Make,
 def test_other_networks_may_cost_a_hundredth_of_a_picture(slower: float, kept: bool, make: Make) -> None:
     """A picture is ten runs of the UNet here: a text encoder that takes as long as one may be a tenth slower."""
     workshop = make({TEXT: {"all layers": Block(saves=-slower)}, UNET: {"fine": Block()}})
-    assert workshop.shop.plan.recipe.verify.steps == 10
+    assert workshop.build.plan.recipe.verify.steps == 10
     staged, reasons = workshop.quantize()
     assert bool(staged["text_encoder"]) == kept
     assert kept or reasons[TEXT]["all layers"] == "slower by 12.0 ms, of which 10.0 ms are borne"
@@ -452,14 +457,14 @@ def test_any_blocks_and_any_pictures_end_in_what_passed(figures: list[tuple[floa
     made.publish = lambda target, groups: frozenset(groups)
     staged: list[frozenset[str]] = []
 
-    def judge(shop: Any, weights: Mapping[ComponentName, Any]) -> str:
+    def judge(build: Any, weights: Mapping[ComponentName, Any]) -> str:
         staged.append(weights[UNET])
         return "too far" if len(weights[UNET]) > bear else ""
 
-    shop: Any = SimpleNamespace(staging=SimpleNamespace(folder=Path("staged")), weights={})
+    build: Any = SimpleNamespace(staging=SimpleNamespace(folder=Path("staged")), weights={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_judge", judge)
-        records = stage._hold_pictures(shop, [made])
+        records = stage._hold_pictures(build, [made])
     assert records == {UNET: frozenset(ranked[:bear])}
     assert set(made.kept) == set(ranked[:bear])
     assert len(staged) == len(set(staged)) <= 2 + math.ceil(math.log2(len(figures)))

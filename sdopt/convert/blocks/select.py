@@ -20,13 +20,12 @@ from sdopt.convert.blocks.quantized_component import Candidate
 from sdopt.convert.blocks.trajectories import Trajectories, record_trajectories
 from sdopt.convert.blocks.trials import FORMAT, TrialJob
 from sdopt.convert.blocks.write import find_layers, stock_layers
-from sdopt.convert.fidelity import PictureJudge, runnable_here, stand_in
+from sdopt.convert.build import Build
+from sdopt.convert.fidelity import runnable_here, stand_in
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.configs import find_prompts
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import record_file
-from sdopt.disk.staging import Staging
-from sdopt.disk.store import Store
 from sdopt.errors import FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer
@@ -48,51 +47,40 @@ class Quantized:
     weights: Mapping[ComponentName, FileRecord]
 
 
-@dataclass(frozen=True)
-class Shop:
-    """What the stage works with. `draft` is the staged 16-bit bundle; `pictures` is None where none are to be drawn."""
-
-    plan: BuildPlan
-    draft: BundleManifest
-    weights: Mapping[ComponentName, FileRecord]
-    store: Store
-    cache: Path
-    staging: Staging
-    pictures: PictureJudge | None
-
-    @property
-    def settings(self) -> QuantizationSettings:
-        assert self.plan.quantization is not None
-        return self.plan.quantization
-
-
-def quantize(shop: Shop) -> Quantized:
+def quantize(build: Build) -> Quantized:
     """Decide on every block, and stage what is kept.
 
     Raises `CalibrationError` where no scale can be found, and `FidelityError` where the recipe requires quantised
     blocks and none pays.
     """
-    recipe, calibration = shop.plan.recipe, shop.settings.calibration
+    recipe, calibration = build.plan.recipe, _settings(build).calibration
     drawn = set(recipe.verify.prompts or DEFAULT_PROMPTS)
     prompts = [prompt for prompt in find_prompts(calibration, recipe.source) if prompt not in drawn]
-    trajectories = record_trajectories(shop.staging.folder, shop.draft, shop.store, calibration, prompts, shop.cache)
-    candidates = _try_components(shop, trajectories)
-    weights = dict(shop.weights)
+    trajectories = record_trajectories(
+        build.staging.folder, build.manifest, build.store, calibration, prompts, build.cache
+    )
+    candidates = _try_components(build, trajectories)
+    weights = dict(build.weights)
     if any(candidate.kept for candidate in candidates):
-        if shop.pictures is not None:
+        if build.draws_pictures:
             progress.update("drawing what quantised engines are held against", 0.0)
-            shop.pictures.set_base(shop.draft)
+            build.pictures.set_base(build.manifest)
         for candidate in candidates:
-            candidate.set_aside(shop.staging.work / "16-bit" / candidate.name)
-        weights = _hold_pictures(shop, candidates)
-    if shop.pictures is not None and not any(candidate.kept for candidate in candidates):
-        shop.pictures.drop_base()
+            candidate.set_aside(build.staging.work / "16-bit" / candidate.name)
+        weights = _hold_pictures(build, candidates)
+    if build.draws_pictures and not any(candidate.kept for candidate in candidates):
+        build.pictures.drop_base()
     if recipe.require_quantized and not any(candidate.kept for candidate in candidates):
         raise FidelityError(
             f"no block pays with {recipe.quantization_file}: {explain_none(candidates)}",
             hint="leave out --require for a bundle in 16 bits; sdopt inspect then shows each block's figures",
         )
-    return Quantized(_replan(shop.plan, candidates), _redraft(shop, candidates, trajectories, weights), weights)
+    return Quantized(_replan(build.plan, candidates), _redraft(build, candidates, trajectories, weights), weights)
+
+
+def _settings(build: Build) -> QuantizationSettings:
+    assert build.plan.quantization is not None
+    return build.plan.quantization
 
 
 def explain_none(candidates: Sequence[Candidate]) -> str:
@@ -104,26 +92,26 @@ def explain_none(candidates: Sequence[Candidate]) -> str:
     return f"of {len(verdicts)}, the gentlest ({group}) stays in 16 bits: {verdict.reason}"
 
 
-def _try_components(shop: Shop, trajectories: Trajectories) -> list[Candidate]:
+def _try_components(build: Build, trajectories: Trajectories) -> list[Candidate]:
     """The UNet first: how long it runs decides what the others may cost."""
-    names = [name for name in shop.settings.components if name in shop.plan.components]
+    names = [name for name in _settings(build).components if name in build.plan.components]
     candidates: list[Candidate] = []
     picture_ns = 0.0
     for name in sorted(names, key=lambda name: name is not ComponentName.UNET):
-        candidate = _prepare(shop, name, trajectories)
+        candidate = _prepare(build, name, trajectories)
         if candidate is None:
             continue
-        candidate.try_groups(shop.settings.held_out_error, _SLACK_SHARE * picture_ns)
+        candidate.try_groups(_settings(build).held_out_error, _SLACK_SHARE * picture_ns)
         if name is ComponentName.UNET:
-            picture_ns = shop.plan.recipe.verify.steps * candidate.base_run_ns()
+            picture_ns = build.plan.recipe.verify.steps * candidate.base_run_ns()
         candidates.append(candidate)
     return candidates
 
 
-def _prepare(shop: Shop, name: ComponentName, trajectories: Trajectories) -> Candidate | None:
+def _prepare(build: Build, name: ComponentName, trajectories: Trajectories) -> Candidate | None:
     """Calibrate and quantise all layers of a component that its settings name; None where there is none."""
-    plan, part, settings = shop.plan, shop.plan.components[name], shop.settings.components[name]
-    folder, calibration = shop.staging.folder / name, shop.settings.calibration
+    plan, part, settings = build.plan, build.plan.components[name], _settings(build).components[name]
+    folder, calibration = build.staging.folder / name, _settings(build).calibration
     layers = find_layers(folder)
     groups = _group_layers(settings, layers.values(), smooth=calibration.smoothquant_alpha > 0)
     choices = {layer: choice for group in groups.values() for layer, choice in group.items()}
@@ -131,14 +119,14 @@ def _prepare(shop: Shop, name: ComponentName, trajectories: Trajectories) -> Can
         return None
     scales = None
     if settings.scheme.quantizes_activations:
-        scales = calibrate(part, list(choices), trajectories, calibration, shop.store, shop.cache)
+        scales = calibrate(part, list(choices), trajectories, calibration, build.store, build.cache)
     stock = stock_layers(folder, part.graph_dtype, choices, part.tensors, scales)
-    runtime, timed = _find_runtime(shop, name)
+    runtime, timed = _find_runtime(build, name)
     job = TrialJob(
-        stock, part.spec, dict(read_config(shop.staging.folder, name)), plan.checkpoint.family, dict(plan.extents),
-        runtime, timed, list(trajectories.held_out), [], shop.cache,
+        stock, part.spec, dict(read_config(build.staging.folder, name)), plan.checkpoint.family, dict(plan.extents),
+        runtime, timed, list(trajectories.held_out), [], build.cache,
     )  # fmt: skip
-    environment = shop.draft.environment
+    environment = build.manifest.environment
     identity = digest_of(
         [FORMAT, part.architecture, part.weights_key, trajectories.digest, scales and scales.parent.name,
          runtime.model_dump(mode="json"), timed, environment.processor, dict(environment.libraries)]
@@ -158,20 +146,20 @@ def _group_layers(
     return groups
 
 
-def _find_runtime(shop: Shop, name: ComponentName) -> tuple[BackendSettings, bool]:
+def _find_runtime(build: Build, name: ComponentName) -> tuple[BackendSettings, bool]:
     """What trials run on, and whether that is the engine itself, whose time counts."""
-    record = shop.draft.components[name]
+    record = build.manifest.components[name]
     if isinstance(record.backend, TensorRTSettings):
         return stand_in(record).backend, False  # a plan for each trial would take minutes
-    drawn, obstacle = runnable_here(shop.draft, shop.staging.output, None)
-    return drawn.components[name].backend, shop.settings.judge_speed and not obstacle
+    drawn, obstacle = runnable_here(build.manifest, build.staging.output, None)
+    return drawn.components[name].backend, _settings(build).judge_speed and not obstacle
 
 
 Selection = Mapping[ComponentName, frozenset[str]]
 """The groups of each component that are quantised."""
 
 
-def _hold_pictures(shop: Shop, candidates: Sequence[Candidate]) -> dict[ComponentName, FileRecord]:
+def _hold_pictures(build: Build, candidates: Sequence[Candidate]) -> dict[ComponentName, FileRecord]:
     """Take blocks back, the most harm for its gain first, until the pictures stay in the budget; stage what is left.
 
     Pictures are dear: how many blocks have to go is found by halving. Returns the records of all weight files.
@@ -179,7 +167,7 @@ def _hold_pictures(shop: Shop, candidates: Sequence[Candidate]) -> dict[Componen
     ranked = sorted((harm_of(each.verdicts[g].measured), each.name, g) for each in candidates for g in each.kept)
 
     def fault_of(count: int) -> str:
-        return _judge(shop, _stage(shop, candidates, _select(ranked[:count])))
+        return _judge(build, _stage(build, candidates, _select(ranked[:count])))
 
     passing, failing, fault = 0, len(ranked) + 1, ""
     count = len(ranked)
@@ -195,7 +183,7 @@ def _hold_pictures(shop: Shop, candidates: Sequence[Candidate]) -> dict[Componen
         each.keep_only(chosen.get(each.name, frozenset()), f"the pictures leave the budget with it: {fault}")
     for each in candidates:
         each.confirm()
-    return _stage(shop, candidates, {each.name: frozenset(each.kept) for each in candidates})
+    return _stage(build, candidates, {each.name: frozenset(each.kept) for each in candidates})
 
 
 def _select(ranked: Sequence[tuple[float, ComponentName, str]]) -> Selection:
@@ -203,21 +191,21 @@ def _select(ranked: Sequence[tuple[float, ComponentName, str]]) -> Selection:
     return {name: frozenset(group for _, owner, group in ranked if owner == name) for name in names}
 
 
-def _stage(shop: Shop, candidates: Sequence[Candidate], selection: Selection) -> dict[ComponentName, FileRecord]:
+def _stage(build: Build, candidates: Sequence[Candidate], selection: Selection) -> dict[ComponentName, FileRecord]:
     """Write every candidate with these groups quantised into the staging folder; returns all weight records."""
     made = {
-        each.name: each.publish(shop.staging.folder / each.name, selection.get(each.name, frozenset()))
+        each.name: each.publish(build.staging.folder / each.name, selection.get(each.name, frozenset()))
         for each in candidates
     }
-    return {**shop.weights, **made}
+    return {**build.weights, **made}
 
 
-def _judge(shop: Shop, weights: Mapping[ComponentName, FileRecord]) -> str:
+def _judge(build: Build, weights: Mapping[ComponentName, FileRecord]) -> str:
     """What is wrong with the pictures that the staged engines draw; empty where nothing is."""
-    if shop.pictures is None:
+    if not build.draws_pictures:
         return ""
-    record = shop.pictures.judge(
-        shop.draft.model_copy(update={"files": record_quantized(shop.staging.folder, weights)})
+    record = build.pictures.judge(
+        build.manifest.model_copy(update={"files": record_quantized(build.staging.folder, weights)})
     )
     return record.reason if record.verdict is Verdict.FAIL else ""
 
@@ -238,15 +226,16 @@ def _replan(plan: BuildPlan, candidates: Sequence[Candidate]) -> BuildPlan:
 
 
 def _redraft(
-    shop: Shop, candidates: Sequence[Candidate], trajectories: Trajectories, weights: Mapping[ComponentName, FileRecord]
-) -> BundleManifest:
-    components = dict(shop.draft.components)
+    build: Build, candidates: Sequence[Candidate], trajectories: Trajectories,
+    weights: Mapping[ComponentName, FileRecord],
+) -> BundleManifest:  # fmt: skip
+    components = dict(build.manifest.components)
     for each in candidates:
         record = each.describe(
-            shop.settings, trajectories.digest, weights[each.name].size_bytes,
-            shop.weights[each.name].size_bytes,
+            _settings(build), trajectories.digest, weights[each.name].size_bytes,
+            build.weights[each.name].size_bytes,
         )  # fmt: skip
         components[each.name] = components[each.name].model_copy(update={"quantization": record})
-    return shop.draft.model_copy(
-        update={"components": components, "files": record_quantized(shop.staging.folder, weights)}
+    return build.manifest.model_copy(
+        update={"components": components, "files": record_quantized(build.staging.folder, weights)}
     )
