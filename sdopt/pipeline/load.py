@@ -27,7 +27,7 @@ def load_pipeline(
 ) -> diffusers.DiffusionPipeline:
     """Open a bundle; see `sdopt.load`. The engines stay open until `close_engines`, or until the process ends.
 
-    Raises `ArtifactError` for a folder that is no valid or a damaged bundle, `UnsafeInputError` for a graph that
+    Raises `ArtifactError` for a folder that is not a bundle or a damaged one, `UnsafeInputError` for a graph that
     names files elsewhere and for plans that nobody vouched for, `UsageError` for a scheduler that does not fit, and
     `EnvironmentMissingError` where this machine cannot run it.
     """

@@ -107,7 +107,7 @@ def load_tokenizer(folder: Path, most_chunks: int) -> PromptTokenizer:
     tokenizer.most_chunks = most_chunks
     # transformers would warn, once, that a prompt of more tokens than this leads to indexing errors.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    # All words between one start and one end. Of several chunks it is no multiple of 77, which tells a prompt, of
+    # All words between one start and one end. Of several chunks it is not a multiple of 77, which tells a prompt, of
     # whatever length, from a negative prompt that has to be as long as its prompt.
     tokenizer.model_max_length = most_chunks * _WORDS + 2
     return tokenizer
@@ -138,8 +138,8 @@ def count_chunks(pipe: Any, texts: Iterable[str]) -> int:
 def with_long_prompts(kind: Any) -> Any:
     """The pipeline's class with prompts and negative prompts of one call encoded in the same number of chunks.
 
-    It keeps its name, by which `AutoPipelineFor….from_pipe` finds its relatives. Those encode a prompt in as many
-    chunks as it needs, too, and cut a negative prompt that is longer.
+    It keeps its name, by which `AutoPipelineFor….from_pipe` finds its relatives. Those also encode a prompt in as many
+    chunks as it needs, and cut a negative prompt that is longer.
     """
     signature = inspect.signature(kind.encode_prompt)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_the_probe_says_what_runs(backend: tuple[BackendSettings, float]) -> Non
     assert Precision.AUTO not in probe.precisions
     assert backend[0].kind == probe.backend
     assert probe in probe_all()
+
+
+def test_threads_that_run_one_session_get_what_each_gets_alone(
+    sessions: dict[ComponentName, Session], pristine_bundle: Path
+) -> None:
+    session = sessions[ComponentName.UNET]
+    base = inputs_of(component_of(pristine_bundle, ComponentName.UNET))
+    several = [base | {"sample": base["sample"] * factor} for factor in (1.0, 0.5, -1.0, 2.0)]
+    alone = [session.run(inputs)["out_sample"].cpu() for inputs in several]
+    start = threading.Barrier(len(several))
+
+    def run(inputs: Tensors) -> torch.Tensor:
+        start.wait()
+        return session.run(inputs)["out_sample"].cpu()
+
+    with ThreadPoolExecutor(len(several)) as pool:
+        together = list(pool.map(run, several))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
