@@ -25,6 +25,11 @@ _AGAIN = "download the whole model again"
 _PIPELINES = re.compile(
     r"^(StableDiffusion|LatentConsistencyModel)(?!3|InstructPix2Pix|Upscale|LatentUpscale|Depth2Img|Cascade)"
 )
+# diffusers' own pipelines of other families; a class that it does not know is judged by its parts.
+_OTHERS = re.compile(
+    r"InstructPix2Pix|Upscale|Depth2Img|Cascade|StableDiffusion3|Flux|Kandinsky|PixArt|AuraFlow|Wan|Hunyuan|LTX|Sana|"
+    r"Lumina|Mochi|CogV|IF[A-Z]|DiT|Wuerstchen|UnCLIP|Unclip|Video|Audio|Chroma|Qwen|HiDream|OmniGen"
+)
 # What a pipeline may have besides its networks; anything else (a ControlNet, a prior) would be lost in silence.
 _PARTS = (
     "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker",
@@ -91,7 +96,7 @@ def _read_index(folder: Path, *, needs_vae: bool) -> dict[str, Any]:
     parts = ("unet", "vae", "scheduler") if needs_vae else ("unet", "scheduler")
     lacking = [part for part in parts if not (folder / part).is_dir()]
     pipeline = _name_pipeline(index.get("_class_name", ""))
-    if not _PIPELINES.match(pipeline) and not _has_the_parts(index):
+    if not _PIPELINES.match(pipeline) and (_OTHERS.search(pipeline) or not _has_the_parts(index)):
         raise CheckpointError(
             f"{folder} is a {pipeline or 'nameless pipeline'}, not one of Stable Diffusion 1, 2 or XL",
             hint="sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner, and their inpainting models",

@@ -69,11 +69,14 @@ def _fetch(source: str, choose: Choose, offline: bool) -> Snapshot:
     from huggingface_hub import constants
 
     name, _, revision = source.partition("@")
-    try:
-        with disk_errors(Path(constants.HF_HUB_CACHE)):
+    with disk_errors(Path(constants.HF_HUB_CACHE)):
+        try:
             folder = _download(name, revision or None, choose, offline)
-    except _hub_errors() as error:
-        raise _explain(source, name, error) from error
+        except _hub_errors() as error:
+            # An `OSError` of the system's is the disk's; the hub's own have no number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise _explain(source, name, error) from error
     return Snapshot(folder, folder.name)
 
 

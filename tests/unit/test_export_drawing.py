@@ -192,7 +192,7 @@ def test_schedules_are_those_of_diffusers(
     followed = torch.from_numpy(sample.copy())
     for index, timestep in enumerate(theirs.timesteps):
         scaled = theirs.scale_model_input(followed, timestep)
-        np.testing.assert_allclose(ours.scale(sample, index), scaled.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours.scale(sample, index), scaled.numpy(), rtol=1e-3, atol=1e-3)
         predicted = random.standard_normal(sample.shape, np.float32)
         sample = ours.step(predicted, sample, index)
         followed = theirs.step(torch.from_numpy(predicted), timestep, followed).prev_sample

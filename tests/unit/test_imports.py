@@ -52,11 +52,11 @@ def test_the_help_of_a_command_is_light(command: str) -> None:
     assert f"sdopt {command}" in run_poisoned(code)
 
 
-def test_pure_data_and_artifacts_are_light() -> None:
-    """`model` knows no library; `artifacts` reads and writes what is on disk with none but pydantic."""
+def test_the_lower_rooms_are_light() -> None:
+    """`model` knows no library; `disk`, `machine` and `bundle` read and write with none but pydantic."""
     run_poisoned(
-        "import pkgutil, importlib, sdopt.model, sdopt.artifacts\n"
-        "for package in (sdopt.model, sdopt.artifacts):\n"
+        "import pkgutil, importlib, sdopt.model, sdopt.disk, sdopt.machine, sdopt.bundle\n"
+        "for package in (sdopt.model, sdopt.disk, sdopt.machine, sdopt.bundle):\n"
         "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"
         "import sdopt.processes.call, sdopt.progress, sdopt.errors"

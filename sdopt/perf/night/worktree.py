@@ -45,8 +45,8 @@ class Tree:
 
     def _find_entry(self) -> str:
         """The module that a child of this tree starts in; commits before `sdopt.processes` have another one."""
-        here = (self.root / "sdopt" / "processes" / "child.py").is_file()
-        return "sdopt.processes.child" if here else "sdopt.isolation"
+        before = (self.root / "sdopt" / "isolation.py").is_file()
+        return "sdopt.isolation" if before else "sdopt.processes.child"
 
 
 def require_tree(arguments: JsonTable) -> None:
