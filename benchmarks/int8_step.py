@@ -40,7 +40,7 @@ def time_in_child(arguments: JsonTable) -> JsonTable:
 
     from sdopt.backends.open import open_session
     from sdopt.pipeline.load import component_files
-    from sdopt.trace.reference import make_inputs
+    from sdopt.trace.seeded_inputs import make_inputs
 
     folder = Path(arguments["folder"])
     files = component_files(folder, read_manifest(folder), ComponentName.UNET)

@@ -169,7 +169,8 @@ def _describe_failure(name: ComponentName, record: ParityRecord) -> ParityError:
 
 def run_torch_in_child(arguments: JsonTable) -> JsonTable:
     """Entry of the first child: torch's outputs for each job and point, saved under `work`."""
-    from sdopt.trace.reference import load_reference, make_inputs, run_reference
+    from sdopt.trace.reference import load_reference, run_reference
+    from sdopt.trace.seeded_inputs import make_inputs
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     for done, job in enumerate(jobs):
@@ -189,7 +190,8 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
 
     from sdopt.backends.open import open_session
     from sdopt.backends.protocol import ComponentFiles
-    from sdopt.trace.reference import compare_outputs, make_inputs, worst_of
+    from sdopt.trace.compare_outputs import compare_outputs, worst_of
+    from sdopt.trace.seeded_inputs import make_inputs
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     records: JsonTable = {}

@@ -82,7 +82,8 @@ def run_torch(arguments: JsonTable) -> JsonTable:
 
     from sdopt.fidelity.origin import find_origin
     from sdopt.pipeline.load import component_files
-    from sdopt.trace.reference import load_reference, make_inputs, run_reference
+    from sdopt.trace.reference import load_reference, run_reference
+    from sdopt.trace.seeded_inputs import make_inputs
     from sdopt.weights.safetensors_header import read_header
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])
@@ -128,7 +129,7 @@ def _compare(files: ComponentFiles, settings: BackendSettings, outputs: Path) ->
     from safetensors.torch import load_file
 
     from sdopt.backends.open import open_session
-    from sdopt.trace.reference import compare_outputs
+    from sdopt.trace.compare_outputs import compare_outputs
     from sdopt.weights.to_torch import TORCH_DTYPES
 
     if not (outputs / f"{files.name}.safetensors").is_file():

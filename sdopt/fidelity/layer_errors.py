@@ -216,7 +216,7 @@ def _open_files(arguments: JsonTable) -> ComponentFiles:
 
 
 def _make_inputs(files: ComponentFiles) -> dict[str, torch.Tensor]:
-    from sdopt.trace.reference import make_inputs
+    from sdopt.trace.seeded_inputs import make_inputs
 
     return make_inputs(files.spec, files.config, files.extents)
 

@@ -23,7 +23,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from sdopt.pipeline.load import component_files
 from sdopt.preflight.plan_choice import choose_plans
-from sdopt.trace.reference import make_inputs
+from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 # Relative L2 distance from torch fp32 that is rounding: fp32 by the order of sums, bf16 by its 8 bits in every layer.

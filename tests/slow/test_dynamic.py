@@ -22,7 +22,9 @@ from sdopt.model.recipe import BuildRecipe, VerifySettings
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.target import Runtime, Target
 from sdopt.preflight.check import check_bundle
-from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.compare_outputs import compare_outputs
+from sdopt.trace.reference import load_reference, run_reference
+from sdopt.trace.seeded_inputs import make_inputs
 from tests.checkpoints import make_model, small_recipe, write_folder
 
 

@@ -21,7 +21,9 @@ from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe
 from sdopt.model.target import parse_target
-from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.compare_outputs import compare_outputs
+from sdopt.trace.reference import load_reference, run_reference
+from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.stream import write_weights
 from tests.conftest import TINY_SHAPES

@@ -24,7 +24,7 @@ from sdopt.graph.external_data import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent
-from sdopt.trace.reference import make_inputs
+from sdopt.trace.seeded_inputs import make_inputs
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.unit.test_trace import Built, build
 

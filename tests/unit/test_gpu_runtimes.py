@@ -21,7 +21,7 @@ from sdopt.errors import BackendError, MissingHardware
 from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.load import component_files
-from sdopt.trace.reference import make_inputs
+from sdopt.trace.seeded_inputs import make_inputs
 from tests.tensorrt_double import HostGpu
 
 CUDA = OnnxRuntimeSettings(device="cuda")

@@ -61,3 +61,13 @@ def test_the_lower_rooms_are_light() -> None:
         "        importlib.import_module(module.name)\n"
         "import sdopt.processes.call, sdopt.progress, sdopt.errors"
     )
+
+
+def test_comparing_outputs_needs_torch_alone() -> None:
+    """The process that runs engines for parity compares tensors; diffusers would cost it five seconds."""
+    code = (
+        "import sys, sdopt.trace.compare_outputs, sdopt.trace.seeded_inputs\n"
+        "print([name for name in ('diffusers', 'transformers', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

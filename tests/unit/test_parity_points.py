@@ -14,7 +14,7 @@ from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.recipe import BuildRecipe
 from sdopt.model.target import Runtime, Target
-from sdopt.trace.reference import worst_of
+from sdopt.trace.compare_outputs import worst_of
 from tests.reference_session import TINY_SHAPES
 
 Point = tuple[int, int, int]

@@ -34,7 +34,8 @@ from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import Scheme
 from sdopt.trace.bind import bind_weights, rebind_weights
-from sdopt.trace.reference import load_reference, make_inputs
+from sdopt.trace.reference import load_reference
+from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.stream import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder

@@ -32,7 +32,9 @@ from sdopt.model.recipe import Dialect
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.networks.modules import build_network, count_attention_layers
 from sdopt.trace.bind import bind_weights
-from sdopt.trace.reference import compare_outputs, load_reference, make_inputs, run_reference
+from sdopt.trace.compare_outputs import compare_outputs
+from sdopt.trace.reference import load_reference, run_reference
+from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.trace.trace import trace_component
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import storage_layout, write_weights

@@ -42,7 +42,7 @@ def write_inputs(folder: Path, manifest: BundleManifest, path: Path) -> None:
     from safetensors.torch import save_file
 
     from sdopt.pipeline.load import component_files
-    from sdopt.trace.reference import make_inputs
+    from sdopt.trace.seeded_inputs import make_inputs
 
     files = component_files(folder, manifest, ComponentName.UNET)
     inputs = make_inputs(files.spec, files.config, files.extents)
