@@ -7,7 +7,6 @@ why.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import ComponentRecord, FidelityRecord, Verdict
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file
+from sdopt.disk.shelf import Shelf
 from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import EnvironmentMissingError, FidelityError
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from sdopt.fidelity.picture_limits import PictureBudget
     from sdopt.fidelity.references import References
 
-STAGE = "fidelity"
-_RECORD_NAME = "fidelity.json"
+SHELF = Shelf("fidelity", FidelityRecord)
 
 
 class PictureJudge:
@@ -71,13 +70,11 @@ class PictureJudge:
         """The verdict on the engines, or on their graphs, from the store or by drawing."""
         drawn, obstacle = runnable_here(draft, self._staging.output, self._machine)
         key = _fidelity_key(drawn, self._staging.folder)
-        folder = self._store.find(STAGE, key)
-        if folder is None:
+        record = SHELF.find(self._store, key)
+        if record is None:
             record = self._draw_and_judge(drawn)
             if record.verdict is Verdict.PASS:  # a failure is looked at again: it may have been a fault of this run
-                self._store.put(STAGE, key, {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
-        else:
-            record = FidelityRecord.model_validate_json((folder / _RECORD_NAME).read_bytes())
+                SHELF.put(self._store, key, record)
         return _of_graphs(record, obstacle) if obstacle and record.verdict is Verdict.PASS else record
 
     def _draw_and_judge(self, drawn: BundleManifest) -> FidelityRecord:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from sdopt.backends.probes import probe_backend
 from sdopt.bundle.records import ParityRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
+from sdopt.disk.shelf import Shelf
 from sdopt.disk.store import Store
 from sdopt.errors import MissingDependency, ParityError
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
@@ -27,8 +27,7 @@ from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
-STAGE = "parity"
-_RECORD_NAME = "parity.json"
+SHELF = Shelf("parity", ParityRecord)
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,6 @@ def _sizes_in(profile: ShapeProfile, multiple_px: int) -> list[tuple[int, int]]:
     return [(width_px.opt, height_px.opt), (move(width_px, -1, 1), move(height_px, -2, 2, -1, 1))]
 
 
-def find_parity(store: Store, key: str) -> ParityRecord | None:
-    folder = store.find(STAGE, key)
-    return ParityRecord.model_validate_json((folder / _RECORD_NAME).read_bytes()) if folder else None
-
-
 def prove_parity(
     plan: BuildPlan, store: Store, staging: Path, work: Path, weights: Mapping[ComponentName, str]
 ) -> dict[ComponentName, ParityRecord]:
@@ -121,12 +115,12 @@ def prove_parity(
         name: parity_key(plan, name, weights[name], choose_runtime(part.graph_dtype))
         for name, part in plan.components.items()
     }
-    records = {name: record for name, key in keys.items() if (record := find_parity(store, key))}
+    records = {name: record for name, key in keys.items() if (record := SHELF.find(store, key))}
     missing = [name for name in plan.components if name not in records]
     if missing:
         for name, record in _measure(plan, missing, staging, work).items():
             if record.passed:  # a failure is looked at again: it may have been a fault of this run
-                store.put(STAGE, keys[name], {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+                SHELF.put(store, keys[name], record)
             records[name] = record
     for name, record in records.items():
         if not record.passed:

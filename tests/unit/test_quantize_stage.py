@@ -535,7 +535,7 @@ def test_trials_that_were_interrupted_go_on_where_they_stopped(tmp_path: Path, m
             record = TrialRecord(
                 error=int(trial.key[0]) / 100, base_error=0, base_ns=[], trial_ns=[], integer_layers=None
             )
-            store.put(trials_module.STAGE, trial.key, {"measured.json": record.model_dump_json().encode()})
+            trials_module.SHELF.put(store, trial.key, record)
 
     job = make_job(tmp_path, [make_trial(number) for number in range(4)])
     monkeypatch.setattr(trials_module, "call", lambda *arguments: call_here(*arguments, killed_after=2))

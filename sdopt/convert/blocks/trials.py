@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from sdopt.bundle.records import SpeedupRecord
 from sdopt.convert.blocks.recording import Call, read_calls
 from sdopt.convert.blocks.turns import compare_pairs, take_turns
 from sdopt.convert.blocks.write import Stock, write_trial
+from sdopt.disk.shelf import Shelf
 from sdopt.disk.store import Store
 from sdopt.graph.qdq import LayerChoice
 from sdopt.model.backend_settings import BackendSettings
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
     from sdopt.backends.protocol import ComponentFiles, Session
 
-STAGE = "block"
 # Raise it when what is measured changes: nothing of before is used again.
 FORMAT = 2
-_RECORD_NAME = "measured.json"
 _TRIAL_NAME = "trial.onnx"
 # JSON knows no infinity; this is above any limit.
 _WORST = 1e30
@@ -65,6 +63,9 @@ class TrialRecord(BaseModel):
     def slower_ns(self) -> float:
         """What the trial takes longer than the 16-bit engine."""
         return statistics.median(self.trial_ns) - self.base_run_ns if self.trial_ns else 0.0
+
+
+SHELF = Shelf("block", TrialRecord, "measured.json")
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,11 @@ _JOB = TypeAdapter(TrialJob)
 def run_trials(job: TrialJob) -> dict[str, TrialRecord]:
     """A record for each trial, by its key, from the store or measured."""
     store = Store(job.cache)
-    missing = [trial for trial in job.trials if store.find(STAGE, trial.key) is None]
+    missing = [trial for trial in job.trials if SHELF.find(store, trial.key) is None]
     if missing:
         arguments = _JOB.dump_python(dataclasses.replace(job, trials=missing), mode="json")
         call(measure_in_child, arguments)
-    return {trial.key: _read(store, trial.key) for trial in job.trials}
-
-
-def _read(store: Store, key: str) -> TrialRecord:
-    folder = store.find(STAGE, key)
-    assert folder is not None, "the child puts every record before it ends"
-    return TrialRecord.model_validate_json((folder / _RECORD_NAME).read_bytes())
+    return {trial.key: SHELF.get(store, trial.key) for trial in job.trials}
 
 
 def measure_in_child(arguments: JsonTable) -> JsonTable:
@@ -130,7 +125,7 @@ def measure_in_child(arguments: JsonTable) -> JsonTable:
             progress.update(f"trying {job.spec.name}: {trial.label}", done / len(job.trials))
             write_trial(job.stock, trial.layers, _TRIAL_NAME)
             record = _measure(job, base, base_error, dataclasses.replace(files, graph_name=_TRIAL_NAME), calls)
-            store.put(STAGE, trial.key, {_RECORD_NAME: json.dumps(record.model_dump(mode="json")).encode()})
+            SHELF.put(store, trial.key, record)
     return {}
 
 
