@@ -34,6 +34,7 @@ from sdopt.bench.describe import describe_audits, describe_case, find_build_time
 from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
 from sdopt.bench.measure.roofline import find_roof
 from sdopt.bench.measure.steady import Effort
+from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
 from sdopt.errors import MissingDependency, SdoptError
@@ -149,6 +150,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     Raises `ArtifactError` for a folder that is no bundle or a damaged one, and `UnsafeInputError` for plans that nobody
     vouched for; a candidate's own failure is in its row.
     """
+    request = replace(request, folder=open_links(request.folder))
     manifest = read_manifest(request.folder)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)

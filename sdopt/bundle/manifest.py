@@ -20,7 +20,7 @@ from sdopt.errors import ArtifactError, ShapeError
 from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction
-from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.model.file_names import CARD_NAME, MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
@@ -50,6 +50,11 @@ class BundleManifest(Record):
     build: BuildRecord | None = None
     """Null in bundles of before schema 4."""
 
+    @property
+    def engine_files(self) -> dict[str, FileRecord]:
+        """The files that engines need: all but the card, which is for people and may be edited."""
+        return {name: record for name, record in self.files.items() if name != CARD_NAME}
+
     def to_json(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -63,8 +68,17 @@ def _lost(folder: Path) -> str:
 def read_manifest(folder: Path) -> BundleManifest:
     """Read and check `bundle.json`; the files that it names are not read (`sdopt check` does that).
 
-    Raises `ArtifactError` for a folder without one, for a newer schema, and for unknown or missing keys.
+    Raises `ArtifactError` for a folder without one, for a newer schema, and for unknown or missing keys, and
+    `UnsafeInputError` for a file that is a link or lies elsewhere.
     """
+    manifest = parse_manifest(folder)
+    for relative in manifest.files:
+        resolve_inside(folder, relative)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> BundleManifest:
+    """`bundle.json` by itself, whatever the files are that it names."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise _not_a_bundle(folder)
@@ -93,8 +107,6 @@ def read_manifest(folder: Path) -> BundleManifest:
         ) from error
     except ShapeError as error:
         raise ArtifactError(f"{path}: profile: {error.message}", hint=_lost(folder)) from error
-    for relative in manifest.files:
-        resolve_inside(folder, relative)
     return manifest
 
 

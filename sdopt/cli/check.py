@@ -9,6 +9,7 @@ from pathlib import Path
 import rich_click as click
 
 from sdopt import progress
+from sdopt.cli.text import neutralise
 
 
 @click.command()
@@ -33,5 +34,7 @@ def check(folder: Path, trust_engines: tuple[str, ...], as_json: bool) -> None:
         report = check_bundle(folder, trust_engines=trust_engines)
     require_whole(report)
     if as_json:
-        print(json.dumps({"folder": str(folder), "ok": True, "sentence": report.sentence, "plans": dict(report.plans)}))
-    print(report.sentence, file=sys.stderr)
+        table = {"folder": str(folder), "ok": True, "sentence": report.sentence, "notes": report.notes}
+        print(json.dumps(table | {"plans": dict(report.plans)}))
+    for line in (report.sentence, *(f"note: {note}" for note in report.notes)):
+        print(neutralise(line), file=sys.stderr)

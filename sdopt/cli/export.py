@@ -12,7 +12,15 @@ import rich_click as click
 from sdopt import progress
 from sdopt.cli.text import neutralise
 
-_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+
+def _open_links(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
+    del context, parameter
+    from sdopt.bundle.linked import open_links
+
+    return open_links(folder)
+
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path), callback=_open_links)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON on stdout.")
 
 

@@ -40,7 +40,7 @@ def find_finished(plan: BuildPlan, output: Path, store: Store, *, read_all: bool
     if not _is_wanted(plan, output, manifest):
         return None
     progress.update("checking the bundle that is there", 0.0)
-    return manifest if _is_whole(output, manifest.files, store, read_all=read_all) else None
+    return manifest if _is_whole(output, manifest.engine_files, store, read_all=read_all) else None
 
 
 def vouch_for(folder: Path, files: Mapping[str, FileRecord], store: Store) -> None:

@@ -31,22 +31,21 @@ def resolve_inside(folder: Path, relative: str) -> Path:
 
     Links are refused too, at every level: a manifest must not make sdopt read or write elsewhere.
     """
-    pure = PurePosixPath(relative)
-    if (
-        not relative
-        or pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in relative
-        or ":" in relative
-        or "\0" in relative
-    ):
-        raise UnsafeInputError(f"the path {relative!r} is not a relative path inside {folder}")
     path = folder
-    for part in pure.parts:
+    for part in require_relative(folder, relative).parts:
         path = path / part
         if path.is_symlink():
             raise UnsafeInputError(f"{path} is a symbolic link", hint="replace it with the file that it points to")
     return path
+
+
+def require_relative(folder: Path, relative: str) -> PurePosixPath:
+    """Raise `UnsafeInputError` unless it is a plain relative POSIX path inside `folder`. Links are not looked at."""
+    pure = PurePosixPath(relative)
+    plain = relative and not pure.is_absolute() and ".." not in pure.parts
+    if not plain or any(mark in relative for mark in "\\:\0"):
+        raise UnsafeInputError(f"the path {relative!r} is not a relative path inside {folder}")
+    return pure
 
 
 def fsync_file(path: Path) -> None:

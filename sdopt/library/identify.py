@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
@@ -20,7 +21,7 @@ def inspect_source(source: str) -> dict[str, Any]:
     """`kind` is bundle, onnx, plan or checkpoint; the rest depends on it. Raises `CheckpointError` for other things."""
     path = Path(source).expanduser()
     if (path / MANIFEST_NAME).is_file():
-        return {"kind": "bundle", **read_manifest(path).model_dump(mode="json")}
+        return {"kind": "bundle", **read_manifest(open_links(path)).model_dump(mode="json")}
     if path.suffix == ".onnx" and path.is_file():
         return _inspect_graph(path)
     if path.suffix in (".plan", ".engine", ".trt") and path.is_file():

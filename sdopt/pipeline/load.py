@@ -13,6 +13,7 @@ from sdopt import progress
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.damage import bundle_extents, bundle_profiles
+from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import PlanRecord
 from sdopt.model.component import ComponentName
@@ -31,7 +32,7 @@ def load_pipeline(
     names files elsewhere and for plans that nobody vouched for, `UsageError` for a scheduler that does not fit, and
     `EnvironmentMissingError` where this machine cannot run it.
     """
-    path = Path(folder)
+    path = open_links(Path(folder))
     manifest = read_manifest(path)
     require_sound(path, manifest)
     require_trusted(path, manifest, trust_engines)

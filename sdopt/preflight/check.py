@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import onnx
 from sdopt import progress
 from sdopt.bundle.again import again_command
 from sdopt.bundle.damage import bundle_extents
+from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import ComponentRecord, Verdict
 from sdopt.bundle.trust import parse_digest, remember_named
@@ -19,10 +20,12 @@ from sdopt.errors import ArtifactError, EnvironmentMissingError, SdoptError, Uns
 from sdopt.graph.external_data import check_graph_file
 from sdopt.machine.environment import Machine
 from sdopt.model.component import ComponentName, TensorSpec
-from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
+from sdopt.model.file_names import CARD_NAME, GRAPH_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
 from sdopt.preflight.runnable import find_bad_plans, require_runnable, require_trusted
 from sdopt.weights.safetensors_header import read_header
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class CheckReport:
     untrusted: str = ""
     missing: str = ""
     remedy: str = ""
+    notes: tuple[str, ...] = ()
+    """What is worth a word and keeps nothing from running."""
     plans: Mapping[ComponentName, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -62,6 +67,7 @@ def check_bundle(folder: Path, *, trust_engines: Iterable[str] = (), machine: Ma
     not a bundle, and `UsageError` for what is not a digest.
     """
     named = tuple(parse_digest(word) for word in trust_engines)
+    folder = open_links(folder)
     manifest = read_manifest(folder)
     if problems := _find_problems(folder, manifest):
         return CheckReport(folder, manifest, tuple(problems), remedy=again_command(folder))
@@ -75,14 +81,26 @@ def check_bundle(folder: Path, *, trust_engines: Iterable[str] = (), machine: Ma
     except EnvironmentMissingError as error:
         return CheckReport(folder, manifest, missing=error.message, remedy=error.hint)
     plans = {name: tuple(dict.fromkeys(plan.file for plan in of)) for name, of in chosen.items()}
-    return CheckReport(folder, manifest, plans=plans)
+    return CheckReport(folder, manifest, notes=tuple(_find_notes(folder, manifest)), plans=plans)
+
+
+def _find_notes(folder: Path, manifest: BundleManifest) -> Iterator[str]:
+    """The card where it is not the one that was written, and files that the manifest does not know."""
+    card = {name: record for name, record in manifest.files.items() if name == CARD_NAME}
+    yield from find_damage(folder, card)
+    known = {MANIFEST_NAME, CARD_NAME, *manifest.files}
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    extra = sorted(name for path in found if (name := path.relative_to(folder).as_posix()) not in known)
+    if extra:
+        more = f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else ""
+        yield f"the manifest does not know {', '.join(extra[:_SHOWN])}{more}: no engine reads it"
 
 
 def _find_problems(folder: Path, manifest: BundleManifest) -> list[str]:
     """Damage first: what a damaged file says of itself is not looked at."""
     problems: list[str] = []
-    for count, name in enumerate(manifest.files):
-        progress.update("checking the files", count / len(manifest.files))
+    for count, name in enumerate(manifest.engine_files):
+        progress.update("checking the files", count / len(manifest.engine_files))
         problems += find_damage(folder, manifest.files, only=[name])
     if problems:
         return problems

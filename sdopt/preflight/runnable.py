@@ -38,7 +38,7 @@ def require_sound(folder: Path, manifest: BundleManifest) -> None:
     and are hashed each time. Raises `ArtifactError` naming all that is damaged, and `UnsafeInputError` for a graph that
     names a place outside its folder.
     """
-    hashed = [name for name in manifest.files if not name.endswith(_WEIGHTS_SUFFIX)]
+    hashed = [name for name in manifest.engine_files if not name.endswith(_WEIGHTS_SUFFIX)]
     damage = find_damage(folder, manifest.files, only=hashed)
     for name, record in manifest.files.items():
         path = resolve_inside(folder, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt._version import __version__
+from sdopt.bundle.linked import open_links
 from sdopt.disk.files import disk_errors
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.request import DrawRequest
@@ -64,6 +65,7 @@ def draw_files(
     for request in requests:
         read_prompts(request)
     _require_output(output, len(requests))
+    folder = open_links(folder)
     for request in requests:
         # Opening a large bundle takes long; its scheduler is a small file.
         require_steps(

@@ -15,6 +15,7 @@ from sdopt.bench.case.baselines import (
     usual_baselines,
 )
 from sdopt.bench.case.report import CandidateKind
+from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import ComponentRecord
 from sdopt.errors import UsageError
@@ -124,6 +125,7 @@ def _make_torch(engines: Candidate, baseline: Baseline) -> list[Candidate]:
 
 
 def _open_bundle(engines: Candidate, folder: Path, trust_engines: tuple[str, ...]) -> Candidate:
+    folder = open_links(folder)
     manifest = read_manifest(folder)
     require_sound(folder, manifest)
     require_trusted(folder, manifest, trust_engines)
