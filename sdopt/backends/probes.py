@@ -5,12 +5,16 @@ A planner asks this, and must not wait seconds for a library that computes nothi
 
 from __future__ import annotations
 
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, assert_never
 
 from sdopt.backends.protocol import Probe
 from sdopt.backends.tensorrt.loading import load_library
-from sdopt.errors import MissingDependency
+from sdopt.errors import MissingDependency, SdoptError
+from sdopt.machine.library_pairs import explain_failure, find_mismatches
 from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,
@@ -19,6 +23,7 @@ from sdopt.model.backend_settings import (
     TorchSettings,
 )
 from sdopt.model.precision import Precision
+from sdopt.processes.call import How, call
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 GET_ONNXRUNTIME_CUDA = "pip uninstall -y onnxruntime && pip install --force-reinstall 'sdopt[gpu]'"
@@ -42,21 +47,58 @@ def probe_backend(settings: BackendSettings) -> Probe:
     assert_never(settings)
 
 
+EVERY_BACKEND: tuple[BackendSettings, ...] = (
+    TorchSettings(), OnnxRuntimeSettings(), OpenVINOSettings(), OnnxRuntimeSettings(device="cuda"),
+    TensorRTSettings(kind="tensorrt-rtx"), TensorRTSettings(kind="tensorrt"),
+)  # fmt: skip
+"""Every runtime that there is a target for, and torch, which is measured against."""
+_PROBE_TIMEOUT_S = 120.0
+
+
 def probe_all() -> tuple[Probe, ...]:
-    """Every runtime that there is a target for, and torch, which is measured against."""
-    every: tuple[BackendSettings, ...] = (
-        TorchSettings(), OnnxRuntimeSettings(), OpenVINOSettings(), OnnxRuntimeSettings(device="cuda"),
-        TensorRTSettings(kind="tensorrt-rtx"), TensorRTSettings(kind="tensorrt"),
-    )  # fmt: skip
-    return tuple(probe_backend(settings) for settings in every)
+    """Probe each backend in a fresh process: a library that raises, aborts or hangs when imported is an answer."""
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(_probe_apart, EVERY_BACKEND))
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    settings: BackendSettings
+
+
+def _probe_apart(settings: BackendSettings) -> Probe:
+    try:
+        return call(probe_in_child, ProbeJob(settings), how=How.FRESH, timeout_s=_PROBE_TIMEOUT_S).value
+    except SdoptError as error:
+        return _describe_broken(settings, error)
+
+
+def probe_in_child(job: ProbeJob) -> Probe:
+    """Probe, and import the library for real: a version in the metadata does not say that it works."""
+    if isinstance(job.settings, TorchSettings):
+        importlib.import_module("torch")
+    return probe_backend(job.settings)
+
+
+def _describe_broken(settings: BackendSettings, error: SdoptError) -> Probe:
+    """What a library that cannot be imported says last, and the pair of packages behind it, if one is known."""
+    cause = explain_failure(error.message) or next(iter(find_mismatches()), None)
+    last = next((line.strip() for line in reversed(error.message.splitlines()) if line.strip()), "")
+    package = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}.get(settings.kind, settings.kind)
+    remedy = cause.command if cause else f"pip install --force-reinstall {package}"
+    return Probe(settings.kind, "", (), missing=f"it cannot be imported: {last[:200]}", remedy=remedy)
 
 
 def fastest_cpu_settings(precision: Precision) -> BackendSettings:
     """What `--target cpu` means here: OpenVINO in bf16 where the processor has it, else in fp32, else ONNX Runtime."""
-    probe = probe_backend(OpenVINOSettings())
-    if not probe.available:
+    return choose_cpu_settings(probe_backend(OpenVINOSettings()), precision)
+
+
+def choose_cpu_settings(openvino: Probe, precision: Precision) -> BackendSettings:
+    """The same by what a probe of OpenVINO said."""
+    if not openvino.available:
         return OnnxRuntimeSettings()
-    if precision in (Precision.AUTO, Precision.BF16) and Precision.BF16 in probe.precisions:
+    if precision in (Precision.AUTO, Precision.BF16) and Precision.BF16 in openvino.precisions:
         return OpenVINOSettings(inference_precision=Precision.BF16)
     return OpenVINOSettings(inference_precision=Precision.FP32)
 

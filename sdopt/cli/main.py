@@ -62,7 +62,7 @@ def main() -> None:
     try:
         code: Any = cli.main(standalone_mode=False)
     except SdoptError as error:
-        _report(type(error).__name__, error.message, error.hint)
+        _report(type(error).__name__, *(_explain_libraries(error.message) or (error.message, error.hint)))
         sys.exit(error.exit_code)
     except click.ClickException as error:
         if "--json" in sys.argv:
@@ -75,9 +75,17 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(_TRACE):
             raise
-        _report(type(error).__name__, *_describe_unexpected(error))
+        _report(type(error).__name__, *(_explain_libraries(str(error)) or _describe_unexpected(error)))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain_libraries(text: str) -> tuple[str, str] | None:
+    """(what does not fit, the command that mends it) where a failure comes from two packages that do not fit."""
+    from sdopt.machine.library_pairs import explain_failure
+
+    mismatch = explain_failure(text)
+    return None if mismatch is None else (mismatch.sentence, mismatch.command)
 
 
 def _describe_unexpected(error: Exception) -> tuple[str, str]:
