@@ -13,8 +13,10 @@ from sdopt.bench.case.stats import Speed
 from sdopt.bench.page.csv_export import SAMPLE_COLUMNS, SUMMARY_COLUMNS, format_samples, format_summary, quote_formula
 from sdopt.bench.page.figures import find_energy, find_layers, fit_candidate, measure_roofline_use, split_memory
 from sdopt.bench.page.pairs import judge_pairs, lay_out_matrix
+from sdopt.bench.page.render import render_html
 from sdopt.bench.page.report_files import write_report_files
 from sdopt.bench.page.summary import summarize_candidates
+from sdopt.bench.run import BenchResult
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from tests.planted_reports import MS, make_full_report, make_process, make_report, make_result, make_unet_report
@@ -124,6 +126,19 @@ def test_each_network_is_held_against_the_rate_of_what_it_computes_in() -> None:
         ComponentName.UNET: Precision.INT8, ComponentName.VAE_DECODER: Precision.BF16,
         ComponentName.TEXT_ENCODER: Precision.BF16,
     }  # fmt: skip
+    slow = int8.model_copy(update={"flops_per_s": 40e9 / 25.5e-3 / 3.49})
+    beaten = report.model_copy(update={"roofline": (*report.roofline[:-1], slow)})
+    unet = next(
+        use for use in measure_roofline_use(beaten, summarize_candidates(beaten)[:1])
+        if use.component is ComponentName.UNET
+    )  # fmt: skip
+    assert unet.share is None
+    assert "no roof measured" in unet.reason
+    assert "int8" in unet.reason
+    page = render_html(BenchResult(beaten, {}, None))
+    assert "no roof measured" in page
+    assert "349" not in page
+    assert all(use.share is not None and not use.reason for use in uses.values())
     assert uses[ComponentName.UNET].share == pytest.approx(40e9 / 25.5e-3 / 2e13, rel=1e-2)
     two = report.case.model_copy(update={"flops": {**flops, ComponentName.TEXT_ENCODER_2: 1}})
     report = report.model_copy(update={"case": two})

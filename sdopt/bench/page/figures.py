@@ -34,7 +34,8 @@ _COMPONENT_STAGES = {
 @dataclass(frozen=True)
 class RooflineUse:
     """What part of the machine's measured product rate a network reaches. `precision` is what the network computes in,
-    `against` that of the rate: the same, or the fastest measured where there is no rate of it.
+    `against` that of the rate: the same, or the fastest measured where there is no rate of it. `share` is None where
+    the network is faster than the product: then no roof was measured, and `reason` says why.
     """
 
     candidate: CandidateRecord
@@ -42,9 +43,10 @@ class RooflineUse:
     flops: int
     median_ns: float
     flops_per_s: float
-    share: float
+    share: float | None
     precision: Precision
     against: Precision
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,23 @@ def measure_roofline_use(report: BenchReport, rows: Sequence[CandidateSummary]) 
             if (rate := _find_rate(report, row.record, precision)) is None:
                 continue
             reached = flops / (median_ns / 1e9)
-            share = reached / rate.flops_per_s
-            uses.append(RooflineUse(row.record, component, flops, median_ns, reached, share, precision, rate.precision))
+            share, reason = _hold_against(reached, rate)
+            use = RooflineUse(
+                row.record, component, flops, median_ns, reached, share, precision, rate.precision, reason
+            )
+            uses.append(use)
     return uses
+
+
+def _hold_against(reached: float, rate: RooflineRecord) -> tuple[float | None, str]:
+    """(share of the rate, nothing), or (None, why the rate is no roof): nothing is faster than what is possible."""
+    share = reached / rate.flops_per_s
+    if share <= 1:
+        return share, ""
+    return None, (
+        f"no roof measured: torch's product of two large matrices in {rate.precision} is slower here than this "
+        f"network, as on a processor that has no arithmetic of that type"
+    )
 
 
 def _find_rate(report: BenchReport, record: CandidateRecord, precision: Precision) -> RooflineRecord | None:
