@@ -16,6 +16,16 @@ import sdopt
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
 
+# Seconds after which a test hangs, by tier: a child that never answers must not hold a run until somebody looks. Far above
+# what any of them takes on two busy cores.
+_LIMITS_S = {"unit": 600, "contract": 600, "slow": 2400, "gpu": 600}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        tier = item.path.relative_to(REPOSITORY / "tests").parts[0]
+        item.add_marker(pytest.mark.timeout(_LIMITS_S[tier]))
+
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
