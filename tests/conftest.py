@@ -16,7 +16,7 @@ import sdopt
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
 
-# Seconds after which a test hangs, by tier: a child that never answers must not hold a run until somebody looks. Far above
+# Seconds after which a test hangs, by tier: a child that never answers must not hold up a run. Far above
 # what any of them takes on two busy cores.
 _LIMITS_S = {"unit": 600, "contract": 600, "slow": 2400, "gpu": 600}
 

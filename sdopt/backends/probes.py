@@ -14,7 +14,7 @@ from typing import Any, assert_never
 from sdopt.backends.protocol import Probe
 from sdopt.backends.tensorrt.loading import load_library
 from sdopt.errors import MissingDependency, SdoptError
-from sdopt.machine.library_pairs import explain_failure, find_mismatches
+from sdopt.machine.library_pairs import explain_failure
 from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,
@@ -82,11 +82,19 @@ def probe_in_child(job: ProbeJob) -> Probe:
 
 def _describe_broken(settings: BackendSettings, error: SdoptError) -> Probe:
     """What a library that cannot be imported says last, and the pair of packages behind it, if one is known."""
-    cause = explain_failure(error.message) or next(iter(find_mismatches()), None)
-    last = next((line.strip() for line in reversed(error.message.splitlines()) if line.strip()), "")
-    package = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}.get(settings.kind, settings.kind)
-    remedy = cause.command if cause else f"pip install --force-reinstall {package}"
-    return Probe(settings.kind, "", (), missing=f"it cannot be imported: {last[:200]}", remedy=remedy)
+    cause = explain_failure(error.message)
+    lines = [line.strip() for line in error.message.splitlines() if line.strip()]
+    ended = "ended with" in lines[0]
+    what = f"its process {lines[0].partition(' ended ')[2]}" if ended else lines[-1]
+    return Probe(
+        _name(settings), "", (), missing=f"it does not work: {what[:200]}",
+        remedy=cause.command if cause else f"pip show {settings.kind}: install another version of it, or remove it",
+    )  # fmt: skip
+
+
+def _name(settings: BackendSettings) -> str:
+    on_cuda = isinstance(settings, OnnxRuntimeSettings) and settings.device == "cuda"
+    return "onnxruntime on cuda" if on_cuda else settings.kind
 
 
 def fastest_cpu_settings(precision: Precision) -> BackendSettings:
@@ -105,20 +113,30 @@ def choose_cpu_settings(openvino: Probe, precision: Precision) -> BackendSetting
 
 def load_openvino() -> Any:
     """The module. Raises `MissingDependency`."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingDependency.of("openvino", extra="cpu") from error
-    return openvino
+    return _load("openvino")
 
 
 def load_onnxruntime() -> Any:
     """The module. Raises `MissingDependency`."""
+    return _load("onnxruntime")
+
+
+def _load(name: str) -> Any:
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency.of("onnxruntime", extra="cpu") from error
-    return onnxruntime
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise MissingDependency.of(name, extra="cpu") from error
+        raise _broken(name, error) from error
+    except Exception as error:  # a library of its own that is missing, or of another version
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> MissingDependency:
+    said = " ".join(str(error).split())
+    return MissingDependency(
+        f"{name} is installed and cannot be imported: {said[:300]}", hint=f"pip install --force-reinstall {name}"
+    )
 
 
 def _probe_openvino() -> Probe:

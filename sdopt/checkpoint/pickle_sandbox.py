@@ -44,6 +44,19 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # has a callback of pytorch_lightning). They become empty objects: nothing of the libraries is imported or
 # run.
 _INERT_MODULES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+# Objects of Python's own that trainers keep beside the weights: settings, paths, counts, dates. They become empty
+# objects as well: the named class is neither imported nor called.
+_INERT_CLASSES = (
+    "argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib.PurePath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta",
+    "datetime.timezone", "uuid.UUID", "uuid.SafeUUID", "decimal.Decimal", "fractions.Fraction",
+    *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "int", "float", "str", "complex", "slice",
+                                      "range", "bytearray")),
+)  # fmt: skip
+# torch fills nothing but a plain dict: what would be one with a default becomes that.
+_INERT_DICTS = ("collections.defaultdict",)
+_MOST_PICKLES = 5
 _AGAIN = "download it again"
 _REFUSED_BY_TORCH = (
     "Unsupported global",
@@ -143,8 +156,8 @@ def _load(torch: Any, source: Path, shown: str) -> Any:
         raise CheckpointError(f"{shown} is truncated or no checkpoint: {_first_reason(error)}", hint=_AGAIN) from error
 
 
-def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[type, str]]:
-    """Empty classes for the trainer's classes that a file names, so that torch takes them for known."""
+def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[Any, str]]:
+    """Empty classes for the trainer's and Python's classes that a file names, so that torch takes them for known."""
 
     class Inert:
         """Takes any arguments and any state, and does nothing."""
@@ -155,11 +168,35 @@ def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[type, str]]:
         def __setstate__(self, _: object) -> None:
             pass
 
+    def plain_dict(*_: object) -> dict[Any, Any]:
+        return {}
+
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-    except Exception:  # it reads only sound zip archives; the loader says what is wrong with others
-        return []
-    return [(Inert, name) for name in names if name.startswith(_INERT_MODULES)]
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # it reads only sound zip archives
+        names = _list_legacy_globals(source)
+    # Python 2's name of the module, which the protocol of torch's files keeps.
+    names = {
+        name.replace("__builtin__.xrange", "builtins.range").replace("__builtin__.", "builtins.") for name in names
+    }
+    inert = [(Inert, name) for name in names if name.startswith(_INERT_MODULES) or name in _INERT_CLASSES]
+    return [*inert, *((plain_dict, name) for name in names if name in _INERT_DICTS)]
+
+
+def _list_legacy_globals(source: Path) -> set[str]:
+    """The classes and functions that a file of before torch 1.6 names: a few pickles, one behind the other.
+
+    Nothing is unpickled. What cannot be read is left to the loader, which says what is wrong.
+    """
+    import pickletools
+
+    names: set[str] = set()
+    with source.open("rb") as file, contextlib.suppress(Exception):
+        for _ in range(_MOST_PICKLES):
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    names.add(str(argument).replace(" ", "."))
+    return names
 
 
 def _is_zip(source: Path) -> bool:

@@ -85,7 +85,10 @@ def _explain_libraries(text: str) -> tuple[str, str] | None:
     from sdopt.machine.library_pairs import explain_failure
 
     mismatch = explain_failure(text)
-    return None if mismatch is None else (mismatch.sentence, mismatch.command)
+    if mismatch is None:
+        return None
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return f"{mismatch.sentence}, and an import fails by it: {last}", mismatch.command
 
 
 def _describe_unexpected(error: Exception) -> tuple[str, str]:

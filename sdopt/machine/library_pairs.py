@@ -26,15 +26,16 @@ def find_mismatches(find: Callable[[str], str] = version) -> list[Mismatch]:
     return [each for each in (*found, _check_onnxruntime(find)) if each is not None]
 
 
-# Words of errors that a pair which does not fit is behind.
-_SIGNS = ("torchvision", "Could not import module", "undefined symbol", "torchaudio")
+# What an import says that fails by a companion of another torch.
+_SIGNS = ("operator torchvision::", "torchvision::nms", "Could not import module '", "undefined symbol")
 
 
 def explain_failure(text: str, find: Callable[[str], str] = version) -> Mismatch | None:
-    """The pair that a failure's text points at, where one that does not fit is installed."""
+    """The companion of torch that an import's failure points at, where one that does not fit is installed."""
     if not any(sign in text for sign in _SIGNS):
         return None
-    return next(iter(find_mismatches(find)), None)
+    companions = (_check_torch_companion(find, "torchvision", 15), _check_torch_companion(find, "torchaudio", 0))
+    return next((each for each in companions if each is not None), None)
 
 
 def _version_of(find: Callable[[str], str], package: str) -> tuple[str, int, int] | None:
@@ -43,7 +44,8 @@ def _version_of(find: Callable[[str], str], package: str) -> tuple[str, int, int
         said = find(package)
     except PackageNotFoundError:
         return None
-    numbers = re.match(r"(\d+)\.(\d+)", said)
+    # None of a package that was half removed, whatever the annotation says.
+    numbers = re.match(r"(\d+)\.(\d+)", said or "")
     return (said, int(numbers[1]), int(numbers[2])) if numbers else None
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import pickle
 import random
 import struct
+import subprocess
 import sys
 import types
-from pathlib import Path
+import uuid
+from collections import Counter, OrderedDict, defaultdict
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,6 +197,59 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path: Path, how
     assert caught.value.exit_code == 4
     assert not planted.exists()
     assert not list((tmp_path / "cache" / "pickles").iterdir())
+
+
+HARMLESS = {
+    "namespace": argparse.Namespace(lr=1e-4, name="x", nested=argparse.Namespace(a=[1])),
+    "path": PurePosixPath("/data/model"), "windows path": PureWindowsPath("C:/data"),
+    "defaultdict": defaultdict(list, {"a": [1, 2]}), "counter": Counter("abca"),
+    "datetime": datetime(2024, 1, 2, 3, tzinfo=UTC), "date": date(2024, 1, 2), "timedelta": timedelta(days=3),
+    "ordered dicts": OrderedDict(a=OrderedDict(b=OrderedDict(c=1))), "uuid": uuid.UUID(int=7),
+    "decimal": Decimal("1.5"), "fraction": Fraction(1, 3), "sets": {1, 2}, "frozen": frozenset({3}),
+    "complex": 1 + 2j, "slice": slice(1, 2), "range": range(3),
+    "numpy": np.float64(0.5), "array": np.arange(3), "size": torch.Size([1, 2]), "dtype": torch.float16,
+    "device": torch.device("cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["archive", "legacy"])
+def test_harmless_objects_beside_the_tensors_are_inert(tmp_path: Path, how: str) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
+    path = tmp_path / "x.ckpt"
+    torch.save(
+        {"hyper_parameters": HARMLESS, "state_dict": tensors}, path, _use_new_zipfile_serialization=how == "archive"
+    )
+    found = read_header(convert_pickle(path)).tensors
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(read_tensor(found[key]), tensors[key]) for key in tensors)
+
+
+class Call:
+    """Pickled as a call of `function`: what a stand-in must never let through."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("how", ["archive", "legacy"])
+@pytest.mark.parametrize(
+    "function", [os.system, eval, exec, getattr, __import__, open, functools.partial, subprocess.Popen]
+)
+def test_no_call_is_let_through_beside_harmless_objects(tmp_path: Path, how: str, function: Any) -> None:
+    planted = tmp_path / "planted"
+    arguments = (os.system, f"touch {planted}") if function is functools.partial else (f"touch {planted}",)
+    harmful = {
+        "state_dict": {"a": torch.zeros(2)}, "path": PurePosixPath("/x"), "counts": Counter("ab"),
+        "nested": OrderedDict(inner=[argparse.Namespace(deep=Call(function, *arguments))]),
+    }  # fmt: skip
+    path = tmp_path / "x.ckpt"
+    torch.save(harmful, path, _use_new_zipfile_serialization=how == "archive")
+    with pytest.raises(UnsafeInputError, match="nothing of it was run"):
+        convert_pickle(path)
+    assert not planted.exists()
 
 
 def test_a_small_pickle_that_names_a_huge_tensor_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.processes.call import call
+from sdopt.processes.call import How, call
 from sdopt.processes.channel import JsonTable
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def find_roof(folder: Path, manifest: BundleManifest, timeout_s: float) -> Roof:
     device = "cuda" if engines_use_gpu(manifest) else "cpu"
     arguments: JsonTable = {"folder": str(folder), "manifest": manifest.model_dump_json(), "device": device}
     try:
-        value = call(measure_roofline, arguments, timeout_s=timeout_s).value
+        value = call(measure_roofline, arguments, how=How.FRESH, timeout_s=timeout_s).value
     except SdoptError as error:
         return Roof(notes=(f"the roofline was not measured: {error.message}",))
     flops = {ComponentName(name): int(count) for name, count in value["flops"].items()}
