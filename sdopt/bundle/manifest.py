@@ -24,14 +24,14 @@ from sdopt.model.file_names import CARD_NAME, MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import ShapeProfile
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _LIMIT_BYTES = 16 << 20
 
 _CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class BundleManifest(Record):
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     name: str
     created_utc: str
     family: Family
@@ -96,8 +96,8 @@ def parse_manifest(folder: Path) -> BundleManifest:
         )
     if version == 1:
         values = _migrate_1(values)
-    if version in (1, 2, 3):
-        values = {**values, "schema_version": SCHEMA_VERSION}  # 3 added quantisation, 4 the time of the build
+    if version in (1, 2, 3, 4):
+        values = {**values, "schema_version": SCHEMA_VERSION}  # 3 added quantisation, 4 the build's time, 5 `ema`
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:

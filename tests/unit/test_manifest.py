@@ -88,6 +88,18 @@ def test_a_bundle_of_schema_3_is_read_and_says_nothing_of_its_build(manifest: Bu
     assert manifest.build is None
 
 
+def test_a_bundle_of_schema_4_is_read_as_made_from_the_weights_that_are_not_averaged(
+    manifest: BundleManifest, tmp_path: Path
+) -> None:
+    def age(table: dict[str, Any]) -> None:
+        table["schema_version"] = 4
+        del table["recipe"]["ema"]
+
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
+    assert read_manifest(tmp_path) == manifest
+    assert not read_manifest(tmp_path).recipe.ema
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_named(name: str, manifest: BundleManifest, tmp_path: Path) -> None:
     edit, named = DEFECTS[name]
