@@ -16,15 +16,18 @@ import sdopt
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
 
-# Seconds after which a test hangs, by tier: a child that never answers must not hold up a run. Far above
-# what any of them takes on two busy cores.
-_LIMITS_S = {"unit": 600, "contract": 600, "slow": 2400, "gpu": 600}
+# A test that hangs fails after this, instead of holding CI until its job is ended. Fixtures are not counted: whichever
+# test comes first pays for a bundle that all share, and they limit their own processes.
+TIME_LIMITS_S = {"unit": 300, "contract": 300, "slow": 1800, "gpu": 600}
+BUILD_LIMIT_S = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each test its tier's time limit; one that has a `timeout` mark keeps its own."""
     for item in items:
         tier = item.path.relative_to(REPOSITORY / "tests").parts[0]
-        item.add_marker(pytest.mark.timeout(_LIMITS_S[tier]))
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIME_LIMITS_S[tier], func_only=True))
 
 
 @pytest.fixture(scope="session")
@@ -36,37 +39,36 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def pristine_bundle(shared_folder: Path) -> Path:
-    """tiny-shapes in fp32, without a verdict, built once by whichever worker comes first. Not to be written to."""
-    output = shared_folder / "tiny"
-    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output)]
-    with (shared_folder / "tiny.lock").open("w") as lock:
+def build_once(output: Path, cache: Path, *options: str) -> Path:
+    """tiny-shapes in the folder `output`, without a verdict, built by whichever worker comes first.
+
+    Not to be written to. `cache` is the store that the build fills.
+    """
+    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output), "--no-verify", *options]
+    with output.with_name(f"{output.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
             subprocess.run(
-                [*command, "--precision", "fp32", "--no-verify"],
-                env={**os.environ, "SDOPT_CACHE": str(shared_folder / "cache")}, check=True, capture_output=True,
+                command, env={**os.environ, "SDOPT_CACHE": str(cache)}, check=True, capture_output=True,
+                timeout=BUILD_LIMIT_S,
             )  # fmt: skip
     return output
+
+
+@pytest.fixture(scope="session")
+def pristine_bundle(shared_folder: Path) -> Path:
+    """tiny-shapes in fp32, without a verdict, built once for all workers. Not to be written to."""
+    return build_once(shared_folder / "tiny", shared_folder / "cache", "--precision", "fp32")
 
 
 @pytest.fixture(scope="session")
 def rtx_bundle(shared_folder: Path) -> tuple[Path, Path]:
     """The cache and the bundle of tiny-shapes with real TensorRT-RTX plans for three GPU generations, not verified.
 
-    Built once by whichever worker comes first. Neither is to be written to.
+    Built once for all workers. Neither is to be written to.
     """
-    cache, output = shared_folder / "rtx-cache", shared_folder / "rtx"
-    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output)]
-    with (shared_folder / "rtx.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not output.exists():
-            subprocess.run(
-                [*command, "--target", "rtx:sm86,sm89,sm120", "--no-verify"],
-                env={**os.environ, "SDOPT_CACHE": str(cache)}, check=True, capture_output=True,
-            )  # fmt: skip
-    return cache, output
+    cache = shared_folder / "rtx-cache"
+    return cache, build_once(shared_folder / "rtx", cache, "--target", "rtx:sm86,sm89,sm120")
 
 
 @pytest.fixture

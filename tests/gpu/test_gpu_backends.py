@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from sdopt.model.backend_settings import (  # noqa: E402
     TorchSettings,
 )
 from sdopt.model.precision import Precision  # noqa: E402
-from tests.conftest import TINY_SHAPES  # noqa: E402
+from tests.conftest import build_once  # noqa: E402
 from tests.contract.test_backends import *  # noqa: E402, F403
 
 # Settings, relative L2 distance from torch fp32 on the CPU, and what the bundle is built for.
@@ -53,14 +50,9 @@ def backend(gpu_case: tuple[BackendSettings, float, str]) -> tuple[BackendSettin
 def pristine_bundle(gpu_case: tuple[BackendSettings, float, str], shared_folder: Path) -> Path:
     """tiny-shapes in fp32 with graphs alone, or with plans in fp16. Built once for each target."""
     target = gpu_case[2]
-    output = shared_folder / f"gpu-{target.replace(':', '-') or 'graphs'}"
     options = ["--target", target] if target else ["--target", "onnxruntime", "--precision", "fp32"]
-    if not output.exists():
-        subprocess.run(
-            [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output), "--no-verify", *options],
-            env={**os.environ, "SDOPT_CACHE": str(shared_folder / "cache")}, check=True, capture_output=True,
-        )  # fmt: skip
-    return output
+    name = f"gpu-{target.replace(':', '-') or 'graphs'}"
+    return build_once(shared_folder / name, shared_folder / "cache", *options)
 
 
 def test_the_probe_says_what_runs(backend: tuple[BackendSettings, float]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from sdopt.fidelity.metrics import compute_psnr
 from sdopt.machine.device_memory import sample_device_memory
 from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings
 from sdopt.pipeline.load import close_engines
-from tests.conftest import TINY_SHAPES
+from tests.conftest import build_once
 
 PROMPT = "a large red circle on a blue background, left"
 TARGETS: dict[str, Any] = {
@@ -30,14 +27,7 @@ TARGETS: dict[str, Any] = {
 
 
 def convert(target: str, shared_folder: Path) -> Path:
-    output = shared_folder / f"pipeline-{target}"
-    if not output.exists():
-        command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output), "--target", target]
-        subprocess.run(
-            [*command, "--no-verify"], env={**os.environ, "SDOPT_CACHE": str(shared_folder / "cache")}, check=True,
-            capture_output=True,
-        )  # fmt: skip
-    return output
+    return build_once(shared_folder / f"pipeline-{target}", shared_folder / "cache", "--target", target)
 
 
 @pytest.fixture(scope="module", params=TARGETS)

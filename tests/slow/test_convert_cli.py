@@ -322,6 +322,7 @@ STAGES = ["copying the weights of unet", "tracing text_encoder", "parity: torch 
           "drawing with torch", "drawing with the engines"]  # fmt: skip
 
 
+@pytest.mark.timeout(3000)  # a build for each stage
 @pytest.mark.parametrize(
     ("how", "stages"), [(signal.SIGKILL, STAGES), (signal.SIGINT, STAGES[1::2])], ids=["KILL", "INT"]
 )

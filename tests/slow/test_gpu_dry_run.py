@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 def test_the_dry_run_measures_builds_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDOPT_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "benchmarks.gpu_run", "--dry", "--minutes", "10", "-o", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=500)
     assert result.returncode == 0, result.stderr
     case = json.loads((tmp_path / "out" / "report.json").read_text())["cases"]["tiny-shapes"]
     assert case["unet_step_flops"] > 1e8

@@ -93,6 +93,8 @@ def nights(tmp_path: Path) -> Nights:
     return Nights(tmp_path)
 
 
+# Three nights and a bisection, each process of them with a limit of its own.
+@pytest.mark.timeout(3600)
 def test_a_planted_slow_down_alarms_after_two_nights_that_pass_and_is_found(nights: Nights) -> None:
     for expected in (1, 2):
         done = nights.run()

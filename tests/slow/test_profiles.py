@@ -40,8 +40,9 @@ SIZES = {"64x64,96x64": [(64, 64), (96, 64)], "64x64..96x128": [(64, 64), (80, 1
 def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SDOPT_CACHE": str(cache)}
     return subprocess.run(
-        [sys.executable, "-m", "sdopt", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "sdopt", *arguments], env=environment, capture_output=True, text=True, check=False,
+        timeout=500,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SIZES)

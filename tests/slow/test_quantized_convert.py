@@ -267,7 +267,7 @@ def test_a_second_run_measures_nothing_and_says_what_was_kept(whole: Path, tmp_p
 
     def run(*words: str) -> str:
         command = [sys.executable, "-m", "sdopt", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
         assert done.returncode == 0, done.stderr
         return done.stderr
 

@@ -78,7 +78,7 @@ def tritonserver() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "sdopt-triton-venv"
     script = REPOSITORY / "scripts" / "triton_environment"
-    done = subprocess.run([script, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run([script, folder], capture_output=True, text=True, check=False, timeout=1200)
     if done.returncode == MISSING:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
