@@ -34,7 +34,7 @@ from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
 from sdopt.bench.measure.steady import Effort
 from sdopt.bundle.manifest import read_manifest
-from sdopt.bundle.plan_header import RTX_GENERATIONS
+from sdopt.bundle.plan_header import find_rtx_target
 from sdopt.disk.files import write_file
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import dump_settings
@@ -94,6 +94,8 @@ class Row:
     ssim: float | None = None
 
 
+# Of a candidate that the GPU's generation has no plans for.
+_NO_TARGET = "none"
 CASES = {"sd15": Case("sd15", 50), "sdxl": Case("sdxl", 30)}
 DRY_CASE = Case("tiny-shapes", 4)
 
@@ -101,10 +103,11 @@ DRY_CASE = Case("tiny-shapes", 4)
 def list_candidates(generation: str) -> dict[str, Candidate]:
     """By the name that `--candidate` takes, in the order of measuring.
 
-    TensorRT-RTX has no plans of their own for some generations, sm90 among them: those get the portable one.
+    TensorRT-RTX runs on some generations alone; on others, sm90 among them, the plan is not built and the row says why.
     """
     fp16 = TorchSettings(device="cuda", precision=Precision.FP16)
-    rtx = f"rtx:{generation}" if generation in RTX_GENERATIONS else "rtx"
+    target = find_rtx_target(generation) if generation else None
+    rtx = _NO_TARGET if target is None else str(target)
     return {
         "eager": Candidate("torch eager fp16", fp16),
         "onnxruntime": Candidate("ONNX Runtime CUDA fp16", OnnxRuntimeSettings(device="cuda")),
@@ -179,6 +182,8 @@ class Run:
         """A row, with the reason where there is no figure."""
         row = Row(candidate.name)
         try:
+            if candidate.target == _NO_TARGET:
+                raise SdoptError(f"{candidate.settings.kind} does not run on this GPU's generation")
             probe = probe_backend(candidate.settings)
             if not probe.available:
                 raise SdoptError(f"{probe.missing}: {probe.remedy}")

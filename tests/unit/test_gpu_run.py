@@ -114,6 +114,13 @@ def test_what_the_time_did_not_reach_and_what_failed_is_named(monkeypatch: pytes
     assert messages == ["not prepared: the disk is full"]
 
 
+def test_a_generation_without_plans_is_a_reason_and_no_build(tmp_path: Path) -> None:
+    candidate = gpu_run.list_candidates("sm90")["tensorrt-rtx"]
+    run = Run(Case("x", 1), tmp_path, Deadline(100), "NVIDIA H200")
+    assert "does not run on this GPU" in run.measure(candidate).message
+    assert gpu_run.list_candidates("sm89")["tensorrt-rtx"].target == "rtx:sm89"
+
+
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
     if find_gpu() is not None:
         pytest.skip("this machine has a GPU")
