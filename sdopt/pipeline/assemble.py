@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 
 from sdopt.backends.protocol import Session
+from sdopt.bundle.damage import require_intact
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
 from sdopt.model.component import ComponentName, vae_factor
@@ -49,9 +50,12 @@ _SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 def read_scheduler(folder: Path, name: SchedulerName | None) -> diffusers.SchedulerMixin:
     """The scheduler that a bundle draws with, without opening it; None is the checkpoint's own.
 
-    Raises `ArtifactError` for a folder that is not a valid bundle, `UsageError` where the scheduler does not fit.
+    Raises `ArtifactError` for a folder that is not a valid bundle or whose scheduler was changed, `UsageError` where
+    the scheduler does not fit.
     """
     manifest = read_manifest(folder)
+    name_in_bundle = _SCHEDULER_CONFIG.as_posix()
+    require_intact(folder, {file: record for file, record in manifest.files.items() if file == name_in_bundle})
     config = _read_table(folder / _SCHEDULER_CONFIG)
     return make_scheduler(name, config, family=manifest.family, prediction=manifest.prediction)
 

@@ -15,7 +15,7 @@ from sdopt.bench.case.report import DeviceMemoryRecord, ProcessRecord, Stage
 from sdopt.bench.measure.measure import measure, read_device_memory
 from sdopt.bench.measure.unet import measure_unet, require_finite, write_inputs
 from sdopt.errors import SdoptError
-from sdopt.fidelity.drawings import draw, read_drawing
+from sdopt.fidelity.drawings import DrawJob, draw, read_drawing
 from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
@@ -123,7 +123,8 @@ def test_bench_and_verdict_draw_the_same(bundle: ReferenceBundle, tmp_path: Path
     arguments = make_arguments(bundle, tmp_path)
     measure(arguments)
     by_bench = read_drawing(tmp_path / "drawing.safetensors")
-    draw(arguments | {"output": str(tmp_path / "again.safetensors")})
+    scene = Scene.model_validate(arguments["scene"])
+    draw(DrawJob(bundle.folder, bundle.manifest, None, scene, tmp_path / "again.safetensors", "a test"))
     by_verdict = read_drawing(tmp_path / "again.safetensors")
     assert (by_bench.latents == by_verdict.latents).all()
     assert (by_bench.images == by_verdict.images).all()

@@ -3,7 +3,6 @@ ones."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,7 @@ def test_a_full_size_file_gives_the_published_configs(tmp_path: Path, name: str)
     recipe = PUBLISHED[name]
     model = make_model(recipe, device="meta")
     file = write_hollow_file(tmp_path / "a name that says nothing.bin", to_original(model))
-    start = time.monotonic()
     checkpoint = open_checkpoint(str(file))
-    assert time.monotonic() - start < 30
     assert checkpoint.family is recipe.family
     assert checkpoint.prediction == (None if recipe.family is Family.SD2 else Prediction.EPSILON)
     assert_says(checkpoint.components[ComponentName.UNET].config, recipe.unet)
