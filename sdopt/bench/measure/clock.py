@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from sdopt.backends.protocol import MemoryUse, Session
+from sdopt.backends.protocol import Session
+from sdopt.backends.wrapped_session import WrappedSession
 from sdopt.bench.case.report import Stage
-from sdopt.model.component import ComponentName, ComponentSpec
-from sdopt.model.shape import Extent
+from sdopt.model.component import ComponentName
 
 if TYPE_CHECKING:
     import torch
@@ -150,43 +149,14 @@ class Clock:
         return sum(sum(self._samples_ns[stage]) for stage in stages)
 
 
-class TimedSession:
-    """A session whose runs a clock times; everything else is the session's own."""
+class TimedSession(WrappedSession):
+    """A session whose runs a clock times."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
-        self._session, self._clock = session, clock
+        super().__init__(session)
+        self._clock = clock
         self._stage = _STAGES[session.spec.name]
-
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._session.spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._session.device
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._session.extents
-
-    @property
-    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
-        return self._session.profiles
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         measure = self._clock.time_call if self.device.type == "cpu" else self._clock.time_queue
-        return measure(self._stage, lambda: self._session.run(inputs))
-
-    def memory(self) -> MemoryUse:
-        return self._session.memory()
-
-    def close(self) -> None:
-        self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return measure(self._stage, lambda: self.inner.run(inputs))

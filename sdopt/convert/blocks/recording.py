@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from sdopt.backends.protocol import MemoryUse, Session
+from sdopt.backends.protocol import Session
+from sdopt.backends.wrapped_session import WrappedSession
 from sdopt.errors import CalibrationError
-from sdopt.model.component import ComponentName, ComponentSpec
-from sdopt.model.shape import Extent
+from sdopt.model.component import ComponentName
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Tell = Callable[[ComponentName, int], None]
@@ -81,46 +79,17 @@ def _silent(name: ComponentName, calls: int) -> None:
     del name, calls
 
 
-class RecordedSession:
-    """A session whose runs a recorder notes; everything else is the session's own."""
+class RecordedSession(WrappedSession):
+    """A session whose runs a recorder notes."""
 
     def __init__(self, session: Session, recorder: Recorder) -> None:
-        self._session, self._recorder = session, recorder
-
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._session.spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._session.device
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._session.extents
-
-    @property
-    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
-        return self._session.profiles
+        super().__init__(session)
+        self._recorder = recorder
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        outputs = self._session.run(inputs)
+        outputs = self.inner.run(inputs)
         self._recorder.note(self.spec.name, inputs, outputs)
         return outputs
-
-    def memory(self) -> MemoryUse:
-        return self._session.memory()
-
-    def close(self) -> None:
-        self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_calls(path: Path, name: ComponentName) -> Iterator[Call]:
