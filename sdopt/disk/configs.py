@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
 from sdopt.errors import RecipeError
 from sdopt.model.quantization import CalibrationSettings
+from sdopt.model.suggest import suggest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In an installed wheel they lie in the package, in a checkout beside it.
@@ -30,11 +30,9 @@ def find_config(kind: str, name: str, ending: str) -> Path:
     folder = next((root / kind for root in _ROOTS if (root / kind).is_dir()), _ROOTS[0] / kind)
     known = sorted(path.stem for path in folder.glob(f"*.{ending}"))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(
             f"there is no {name!r} in configs/{kind}",
-            hint=f"{guess}Known: {', '.join(known)}; a path ends with .{ending}",
+            hint=suggest(name, known, more=f"; a path ends with .{ending}"),
         )
     return folder / f"{name}.{ending}"
 

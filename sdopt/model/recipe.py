@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from enum import StrEnum
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction, parse_prediction
 from sdopt.model.precision import Precision
 from sdopt.model.shape import parse_sizes
+from sdopt.model.suggest import suggest
 from sdopt.model.target import Runtime, Target, TargetField
 
 
@@ -173,9 +173,4 @@ def _suggest(location: str, problem: dict[str, Any]) -> str:
     elif problem["type"] == "enum":
         last = str(problem["input"])
         known = [word.strip(" '") for word in str(problem["ctx"]["expected"]).replace(" or ", ",").split(",")]
-    near = difflib.get_close_matches(last, known, n=1)
-    return (
-        f"did you mean {near[0]!r}? Known: {', '.join(known)}"
-        if near
-        else (f"known: {', '.join(known)}" if known else "")
-    )
+    return suggest(last, known)

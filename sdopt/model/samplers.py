@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from sdopt.errors import UsageError
+from sdopt.model.suggest import find_near, suggest
 
 
 class SchedulerName(StrEnum):
@@ -78,9 +78,9 @@ def parse_scheduler(text: str) -> SchedulerName:
         known |= {_squeeze(name): name, _squeeze(entry.label): name}
     if found := known.get(_squeeze(text)):
         return found
-    near = difflib.get_close_matches(_squeeze(text), known, n=1)
-    guess = f"did you mean {known[near[0]].value!r}? " if near else ""
-    raise UsageError(f"there is no scheduler {text!r}", hint=f"{guess}Known: {', '.join(SchedulerName)}")
+    near = find_near(_squeeze(text), known)
+    meant = text if near is None else known[near].value
+    raise UsageError(f"there is no scheduler {text!r}", hint=suggest(meant, SchedulerName))
 
 
 def _squeeze(text: str) -> str:

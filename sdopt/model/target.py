@@ -6,7 +6,6 @@ Written `cpu`, `openvino`, `onnxruntime`, `cuda`, `tensorrt`, `rtx` (one plan fo
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from sdopt.errors import RecipeError
+from sdopt.model.suggest import suggest
 
 PORTABLE = "ampere+"
 """The generation of a plan that is for no single one: Ampere and all later."""
@@ -55,9 +55,7 @@ def parse_target(text: str) -> Target:
     """Raises `RecipeError` that names the nearest target, or the generation that is none."""
     word, colon, rest = text.strip().lower().partition(":")
     if word not in list(Runtime):
-        near = difflib.get_close_matches(word, [runtime.value for runtime in Runtime], n=1)
-        known = f"known: {', '.join(Runtime)}, rtx:sm89"
-        raise RecipeError(f"there is no target {text!r}", hint=f"did you mean {near[0]!r}? {known}" if near else known)
+        raise RecipeError(f"there is no target {text!r}", hint=suggest(word, Runtime, more=", rtx:sm89"))
     runtime = Runtime(word)
     generations = tuple(dict.fromkeys(part.strip() for part in rest.split(","))) if colon else ()
     if generations and runtime is not Runtime.RTX:

@@ -98,7 +98,7 @@ def test_any_other_name_is_a_usage_error(text: str) -> None:
         return
     with pytest.raises(UsageError) as caught:
         parse_scheduler(text)
-    assert "Known: ddim" in caught.value.hint
+    assert "known: ddim" in caught.value.hint
 
 
 def test_unknown_name_gets_the_nearest() -> None:

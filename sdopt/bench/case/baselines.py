@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import shutil
@@ -13,6 +12,7 @@ from sdopt.errors import UsageError
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.precision import Precision
+from sdopt.model.suggest import suggest
 
 
 class Baseline(StrEnum):
@@ -73,10 +73,9 @@ def parse_against(text: str) -> tuple[str, ...]:
     words = [word for part in text.split(",") if (word := part.strip())]
     for word in words:
         if word not in list(Baseline) and not looks_like_folder(word):
-            near = difflib.get_close_matches(word, [baseline.value for baseline in Baseline], n=1)
-            known = f"known: {', '.join(Baseline)}, and the folder of another bundle"
             raise UsageError(
-                f"there is no baseline {word!r}", hint=f"did you mean {near[0]!r}? {known}" if near else known
+                f"there is no baseline {word!r}",
+                hint=suggest(word, Baseline, more=", and the folder of another bundle"),
             )
     return tuple(dict.fromkeys(words))
 

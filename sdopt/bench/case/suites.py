@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from sdopt.bench.case.suite import Suite, SuiteCase, SuiteMethod
 from sdopt.disk.configs import find_config, read_prompts
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.recipe import parse_recipe
+from sdopt.model.suggest import suggest
 
 _SCHEMA_VERSION = 1
 _LIMIT_BYTES = 1_000_000
@@ -94,9 +94,7 @@ def _explain(where: str, problem: dict[str, Any]) -> UsageError:
     location = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = list(_find_model(parents).model_fields)
-        near = difflib.get_close_matches(str(last), known, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        return UsageError(f"{where}: there is no key {location!r}", hint=f"{guess}Known: {', '.join(known)}")
+        return UsageError(f"{where}: there is no key {location!r}", hint=suggest(str(last), known))
     if problem["type"] == "too_short":
         return UsageError(f"{where}: {location} is empty, so there is nothing to measure", hint="give it one or more")
     message = str(problem["msg"]).removeprefix("Value error, ")

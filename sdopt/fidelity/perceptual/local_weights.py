@@ -7,13 +7,13 @@ with weights in safetensors; it gives the CLIP score, and the features of FID.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt.disk.files import hash_file
 from sdopt.errors import SdoptError, UsageError
+from sdopt.model.suggest import suggest
 from sdopt.weights.safetensors_header import TensorRef, read_header
 
 NOT_MEASURED = "not measured (no weights)"
@@ -36,10 +36,9 @@ def parse_weights(values: Sequence[str]) -> PerceptualWeights:
     for value in values:
         name, separator, path = value.partition("=")
         if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, n=1)
             raise UsageError(
                 f"there are no weights named {name!r}",
-                hint=f"did you mean {near[0]}=…?" if near else "known: lpips=FILE and clip=FOLDER",
+                hint=suggest(name, _NAMES, more=", as in lpips=FILE, clip=FOLDER"),
             )
         if not separator or not path:
             raise UsageError(f"--weights {value!r} has no path", hint=f"write it as --weights {name}=PATH")

@@ -12,6 +12,7 @@ from sdopt import progress
 from sdopt.disk.files import disk_errors
 from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
+from sdopt.model.suggest import suggest
 from sdopt.processes.call import How, call_by_name
 
 SHIPPED = "tiny-shapes"
@@ -39,7 +40,7 @@ def find_source(name: str) -> Path:
 
 def _find_random(family: str) -> Path:
     if family not in _FAMILIES:
-        raise UsageError(f"there are no random networks of {family!r}", hint=f"known: {', '.join(_FAMILIES)}")
+        raise UsageError(f"there are no random networks of {family!r}", hint=suggest(family, _FAMILIES))
     folder = cache_root() / "random" / f"{family}-{_SEED}"
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
