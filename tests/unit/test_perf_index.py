@@ -149,6 +149,22 @@ def test_where_it_cannot_be_written_the_answer_is_the_same(history: History) -> 
     assert view_indexed(history) == view_directly(history)
 
 
+def test_an_index_that_another_process_writes_is_left_alone(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    view_indexed(history)
+    inode = index_path(history).stat().st_ino
+    history.append(make_run(40, VALUES))
+    connect = sqlite3.connect
+    monkeypatch.setattr(index.sqlite3, "connect", lambda place, **how: connect(place, timeout=0, **how))
+    writer = connect(index_path(history), isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    assert view_indexed(history) == view_directly(history)
+    assert index_path(history).stat().st_ino == inode
+    writer.execute("ROLLBACK")
+    writer.close()
+    assert view_indexed(history) == view_directly(history)
+    assert index_path(history).stat().st_ino == inode
+
+
 def test_a_newer_format_is_refused_as_in_the_history(history: History) -> None:
     view_indexed(history)
     with history.path.open("ab") as file:

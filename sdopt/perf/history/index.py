@@ -24,6 +24,11 @@ from sdopt.perf.history.view import HistoryView, Point, list_points, without_sam
 # Of the tables below, and of what a point is.
 _VERSION = 1
 _CHUNK_BYTES = 4 << 20
+# Another process writes it, or this one may not: such a file is somebody's, and is left as it is.
+_NOT_DAMAGE = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
+}  # fmt: skip
 _TABLES = """
 CREATE TABLE source (lines INTEGER, bytes INTEGER, digest TEXT, stamp TEXT);
 CREATE TABLE runs (place INTEGER PRIMARY KEY, id TEXT UNIQUE, created_utc TEXT, kind TEXT, suite_digest TEXT,
@@ -57,19 +62,23 @@ def view_indexed(history: History) -> HistoryView:
 
 def _view_file(file: BinaryIO, history: History) -> HistoryView:
     path = index_path(history)
-    # A file that is damaged or of another history is found by the first, thrown away, and made by the second; the
-    # third is for a folder that can only be read, and for a file that another process holds.
-    for place in (path, path, None):
+    # A file that is damaged or of another history is found by the first, thrown away, and made by the second.
+    for _ in range(2):
         try:
-            with contextlib.closing(_connect(place)) as database:
-                _update(database, file, history.path)
-                return _read_view(database)
-        except sqlite3.DatabaseError:
-            if place is None:
-                raise
+            return _view_database(path, file, history)
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_DAMAGE:
+                break
             with contextlib.suppress(OSError):
-                place.unlink()
-    raise AssertionError("an index in memory either opens or raises")
+                path.unlink()
+    return _view_database(None, file, history)
+
+
+def _view_database(place: Path | None, file: BinaryIO, history: History) -> HistoryView:
+    """None is in memory."""
+    with contextlib.closing(_connect(place)) as database:
+        _update(database, file, history.path)
+        return _read_view(database)
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:
