@@ -11,6 +11,7 @@ from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, Choice, ComponentSource
 from sdopt.checkpoint.ignored import drop_unused_of_clip
 from sdopt.checkpoint.match import match_component
+from sdopt.checkpoint.other_things import name_exported, name_folder
 from sdopt.checkpoint.prediction_signs import Sign, settle_prediction
 from sdopt.checkpoint.scheduler_class import require_known_scheduler
 from sdopt.checkpoint.scheduler_config import with_prediction
@@ -91,7 +92,11 @@ def _read_index(folder: Path, *, needs_vae: bool) -> dict[str, Any]:
             hint="give the checkpoint that it was built from; sdopt inspect names it",
         )
     if not (folder / INDEX_NAME).is_file():
-        raise CheckpointError(f"{folder} is no diffusers model: it has no {INDEX_NAME}", hint=_nearby(folder))
+        if named := name_folder(folder):
+            raise CheckpointError(f"{folder} is {named[0]}", hint=named[1])
+        raise CheckpointError(f"{folder} is not a diffusers model: it has no {INDEX_NAME}", hint=_nearby(folder))
+    if exported := name_exported(folder):
+        raise CheckpointError(f"{folder} is {exported[0]}", hint=exported[1])
     index = read_json(folder / INDEX_NAME)
     parts = ("unet", "vae", "scheduler") if needs_vae else ("unet", "scheduler")
     lacking = [part for part in parts if not (folder / part).is_dir()]

@@ -138,7 +138,7 @@ def choose_files(names: Sequence[str], model: str) -> list[str]:
         advice = (
             f"download one of {', '.join(files[:3])} and give its path" if files else "give a Stable Diffusion model"
         )
-        raise CheckpointError(f"{model} on Hugging Face is no diffusers model: it has no {INDEX_NAME}", hint=advice)
+        raise CheckpointError(f"{model} on Hugging Face is not a diffusers model: it has no {INDEX_NAME}", hint=advice)
     chosen = [name for name in names if _SMALL.match(name)]
     for part in _PARTS:
         chosen += _choose_weights(names, part)

@@ -10,6 +10,7 @@ from sdopt.checkpoint.checkpoint import Checkpoint, Choice
 from sdopt.checkpoint.folder import is_inpainting, open_folder
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id
 from sdopt.checkpoint.infer import SCALING
+from sdopt.checkpoint.other_things import refuse_url
 from sdopt.checkpoint.single_file import check_vae_fits, open_single_file, open_vae
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, vae_factor
@@ -23,6 +24,7 @@ def open_checkpoint(source: str, choice: Choice | None = None) -> Checkpoint:
     path, and not if the choice is offline.
     """
     choice = choice or Choice()
+    refuse_url(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _adapt(open_folder(path.resolve(), SourceRecord(kind="diffusers", location=source), choice), choice)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sdopt.checkpoint.other_things import refuse_file
 from sdopt.errors import CheckpointError, UnsafeInputError
 from sdopt.weights.safetensors_header import SafetensorsFile, TensorRef, read_header
 
@@ -51,15 +52,9 @@ def open_tensors_file(path: Path) -> SafetensorsFile:
     Raises `CheckpointError` for a file that is missing, damaged or of another format, `UnsafeInputError` for
     one that contradicts itself or wants to run code.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if start.startswith(b"GGUF"):
-        raise CheckpointError(
-            f"{path} is a GGUF file: its weights are quantised", hint="take the model as fp16 safetensors"
-        )
+    refuse_file(path)
+    with path.open("rb") as file:
+        start = file.read(16)
     # A safetensors header is JSON behind eight bytes; zip archives and pickles have their first bytes.
     looks_pickled = path.suffix in _PICKLE_SUFFIXES or start.startswith((b"PK\x03\x04", b"\x80"))
     if looks_pickled and start[8:9] != b"{":
