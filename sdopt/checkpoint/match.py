@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from sdopt.checkpoint.checkpoint import ComponentSource
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
-from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.safetensors_header import TensorRef, quantised_error
 
 _SHOWN = 5
 # Attention of the VAE before diffusers 0.15.
@@ -65,10 +65,7 @@ def _modern_name(key: str, expected: Mapping[str, object]) -> str:
 
 def _fit(key: str, ref: TensorRef, shape: tuple[int, ...], where: str) -> TensorRef:
     if not ref.dtype.is_float:
-        raise CheckpointError(
-            f"{where}: tensor {key!r} is stored as {ref.dtype}: the checkpoint is quantised",
-            hint="take the fp16, bf16 or fp32 file of the model; sdopt quantises by itself",
-        )
+        raise quantised_error(where, key, str(ref.dtype))
     if ref.shape == shape:
         return ref
     # A 1x1 convolution and a linear layer have the same bytes.

@@ -21,7 +21,7 @@ from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.model.precision import DType
 from sdopt.processes.call import How, call
 from sdopt.processes.channel import JsonTable
-from sdopt.weights.safetensors_header import read_header
+from sdopt.weights.safetensors_header import quantised_error, read_header
 from sdopt.weights.tensor_layout import plan_layout
 
 # Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is
@@ -240,6 +240,8 @@ def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> 
         torch.int16: DType.INT16, torch.int8: DType.INT8, torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
     }  # fmt: skip
     odd = next((name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None)
+    if odd is not None and (tensors[odd].is_quantized or tensors[odd].dtype.itemsize == 1):
+        raise quantised_error(shown, odd, str(tensors[odd].dtype).removeprefix("torch."))
     if odd is not None:
         raise CheckpointError(f"{shown}: tensor {odd!r} has the type {tensors[odd].dtype}, {tensors[odd].layout}")
     layout = plan_layout(Path(), {name: (known[t.dtype], tuple(t.shape)) for name, t in tensors.items()})

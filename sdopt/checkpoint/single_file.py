@@ -24,7 +24,7 @@ from sdopt.checkpoint.weight_files import open_tensors_file
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config, vae_factor
 from sdopt.model.family import Family
-from sdopt.weights.safetensors_header import TensorRef
+from sdopt.weights.safetensors_header import TensorRef, quantised_error
 
 Tensors = Mapping[str, TensorRef]
 Components = dict[ComponentName, ComponentSource]
@@ -33,6 +33,7 @@ _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
 _EMA = "model_ema."
 _VAE_HINT = "--vae takes a diffusers VAE folder, a single file, or a Hugging Face id"
+_SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
 # Parts of the VAE's training that some files still carry.
 _NOT_VAE = ("loss.", "model_ema.")
 _OPTIONS: Mapping[Family, Mapping[str, Any]] = {
@@ -70,6 +71,9 @@ def open_single_file(path: Path, source: SourceRecord, choice: Choice) -> Checkp
     """Read a whole model from one file. Raises `CheckpointError` that names what the file is instead, or lacks."""
     file, where = open_tensors_file(path), str(path)
     tensors = unwrap(file.tensors)
+    # ComfyUI's marks of weights in 8 bits with a scale beside each.
+    if scale := next((key for key in tensors if key.endswith(_SCALES)), None):
+        raise quantised_error(where, scale, "a scale of 8-bit weights")
     bare, layout = map_unet(_select_unet(tensors, where, ema=choice.ema), where)
     family = infer_family(bare, first_encoder=any(key.startswith(_XL_FIRST) for key in tensors), where=where)
     signs = [] if choice.prediction else find_signs(tensors, file.metadata, path)

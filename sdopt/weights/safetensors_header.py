@@ -85,6 +85,14 @@ def read_header(path: Path) -> SafetensorsFile:
     return SafetensorsFile(tensors, {str(k): str(v) for k, v in metadata.items()})
 
 
+def quantised_error(where: object, tensor: str, stored_as: str) -> CheckpointError:
+    """What is said of weights that somebody else quantised: their scales and what was lost are not known."""
+    return CheckpointError(
+        f"{where}: tensor {tensor!r} is stored as {stored_as}: the checkpoint is quantised",
+        hint="take the fp16, bf16 or fp32 file of the model; sdopt quantises by itself",
+    )
+
+
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -109,6 +117,8 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
             pass
         case _:
             raise UnsafeInputError(f"{path}: the entry of tensor {name!r} is malformed")
+    if dtype.startswith(("F8", "F6", "F4")) and dtype not in _DTYPES:
+        raise quantised_error(path, name, dtype)
     if dtype not in _DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use"

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CheckpointError
+from sdopt.model.family import Family
+from tests.checkpoints import make_model, small_recipe, to_original
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n"
 FILES: dict[str, tuple[str, bytes, str, str]] = {
@@ -86,6 +88,31 @@ def test_a_file_of_tensors_is_named_by_them(tmp_path: Path, what: str, name: str
     save_file({name: torch.zeros(1)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=what.partition(" of ")[0].replace("OpenCLIP", "CLIP")):
         open_checkpoint(str(tmp_path / "m.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return {name: t.contiguous() for name, t in to_original(make_model(small_recipe(Family.SD1))).items()}
+
+
+@pytest.mark.parametrize("container", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "int8", "uint8", "scaled"])
+def test_weights_of_8_bits_are_said_to_be_quantised(
+    tmp_path: Path, weights: dict[str, torch.Tensor], stored: str, container: str
+) -> None:
+    dtype = getattr(torch, stored, torch.float8_e4m3fn)
+    narrow = {name: t.to(dtype) if t.ndim > 1 else t for name, t in weights.items()}
+    if stored == "scaled":
+        narrow["scaled_fp8"] = torch.zeros(2).to(dtype)
+        narrow |= {f"{name}.scale_weight": torch.ones(1) for name in list(narrow) if narrow[name].dtype == dtype}
+    path = tmp_path / f"m.{container}"
+    if container == "ckpt":
+        torch.save({"state_dict": narrow}, path)
+    else:
+        save_file(narrow, path)
+    with pytest.raises(CheckpointError, match="the checkpoint is quantised") as raised:
+        open_checkpoint(str(path))
+    assert "fp16" in raised.value.hint
 
 
 def touch(folder: Path, *names: str) -> None:
