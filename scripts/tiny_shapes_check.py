@@ -62,7 +62,7 @@ PLACE_TOLERANCE = 0.1
 """Half the distance from the centre to any other place, as a share of the picture's side."""
 CANVAS_PX = 2 * IMAGE_PX
 LEAST_OVERLAP = 0.75
-"""Intersection over union with the best fitting outline below which a blob is no shape."""
+"""Intersection over union with the best fitting outline below which a blob is not a shape."""
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 STEPS = 20

@@ -12,7 +12,7 @@
     ├── EnvironmentMissingError          5       this machine lacks something
     │   ├── MissingDependency                    a library; names the extra that brings it
     │   └── MissingHardware                      a processor feature, a GPU, memory, disk
-    ├── CheckpointError                          the source is no model that sdopt can read
+    ├── CheckpointError                          the source is not a model that sdopt can read
     ├── ArtifactError                            a file that sdopt wrote is damaged, foreign or of another version
     ├── CalibrationError                         a quantised layer gets no usable scale: NaN, 0 or infinity on the way
     ├── DrawingError                             a drawing gave NaN or infinity, and no picture

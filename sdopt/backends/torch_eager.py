@@ -43,7 +43,7 @@ class TorchBackend:
             network = build_network(component.name, component.config)
         tensors = read_header(component.weights).tensors if component.origin is None else component.origin
         load_weights(network, tensors, dtype, device)
-        network.to(device)  # the buffers, which are no weights
+        network.to(device)  # the buffers, which are not weights
         return TorchSession(component, network, self._settings, dtype, device)
 
 

@@ -147,8 +147,8 @@ class _Compared:
 def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     """Measure every candidate. `work` is an existing folder for drawings.
 
-    Raises `ArtifactError` for a folder that is no bundle or a damaged one, and `UnsafeInputError` for plans that nobody
-    vouched for; a candidate's own failure is in its row.
+    Raises `ArtifactError` for a folder that is not a bundle or a damaged one, and `UnsafeInputError` for plans that
+    nobody vouched for; a candidate's own failure is in its row.
     """
     request = replace(request, folder=open_links(request.folder))
     manifest = read_manifest(request.folder)

@@ -145,5 +145,5 @@ def read_config(folder: Path, component: ComponentName) -> Config:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {path}: {error}", hint="sdopt check names every damaged file") from error
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no table")
+        raise ArtifactError(f"{path} is not a table")
     return config

@@ -70,7 +70,7 @@ def read_plan_header(path: Path) -> PlanHeader | None:
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
     if len(raw) < HEADER_BYTES:
-        raise ArtifactError(f"{path} is no plan of TensorRT: it has {len(raw)} bytes")
+        raise ArtifactError(f"{path} is not a plan of TensorRT: it has {len(raw)} bytes")
     if raw.startswith(_GENERAL):
         return PlanHeader("tensorrt")
     layout, size_bytes = struct.unpack_from("<QQ", raw, 8)
@@ -93,7 +93,7 @@ def find_contradictions(folder: Path, plan: PlanRecord) -> list[str]:
     path = folder / plan.file
     size_bytes = path.stat().st_size
     if size_bytes < HEADER_BYTES:
-        return [f"{plan.file} is no plan of TensorRT: it has {size_bytes} bytes"]
+        return [f"{plan.file} is not a plan of TensorRT: it has {size_bytes} bytes"]
     header = read_plan_header(path)
     if header is None:
         # Other versions may have another header; of this one every plan has been seen to have it.

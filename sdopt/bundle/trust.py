@@ -34,7 +34,7 @@ def list_untrusted(folder: Path, manifest: BundleManifest, trust_engines: Iterab
     """The plan files of a bundle that are neither remembered nor named by `trust_engines`, by their paths in it.
 
     Answers from the manifest: that each file has the digest it says is for `find_damage` to see. Raises `UsageError`
-    for a word in `trust_engines` that is no SHA-256.
+    for a word in `trust_engines` that is not a SHA-256.
     """
     named = {parse_digest(word) for word in trust_engines}
     if named and hash_file(folder / MANIFEST_NAME) in named:
@@ -60,7 +60,7 @@ def parse_digest(text: str) -> str:
     digest = text.strip().lower().removeprefix("sha256:")
     if not _SHA256.match(digest):
         raise UsageError(
-            f"{text!r} is no SHA-256 of 64 hex digits", hint="sdopt check FOLDER says the one to give --trust-engine"
+            f"{text!r} is not a SHA-256 of 64 hex digits", hint="sdopt check FOLDER says the one to give --trust-engine"
         )
     return digest
 

@@ -45,7 +45,7 @@ class Checkpoint:
     """A readable model. `prediction` is None where neither tensors nor metadata say what the UNet predicts.
 
     `tokenizers` maps the folder's name in a pipeline (`tokenizer`, `tokenizer_2`) to a folder with its files;
-    `pipeline_options` are the entries of diffusers' `model_index.json` that are no components.
+    `pipeline_options` are the entries of diffusers' `model_index.json` that are not components.
     """
 
     source: SourceRecord

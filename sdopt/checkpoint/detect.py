@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 
 def name_kind(names: Iterable[str]) -> str:
-    """A few words for a file that is no Stable Diffusion checkpoint, or "" where nothing is recognised."""
+    """A few words for a file that is not a Stable Diffusion checkpoint, or "" where nothing is recognised."""
     listed = list(names)
     for pattern, kind in _KINDS:
         search = re.compile(pattern).search

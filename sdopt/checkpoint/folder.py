@@ -140,7 +140,7 @@ def _has_the_parts(index: Mapping[str, Any]) -> bool:
 
 
 def _nearby(folder: Path) -> str:
-    """What the user may have meant by a folder that is no model."""
+    """What the user may have meant by a folder that is not a model."""
     if (folder / "config.json").is_file():
         return f"it looks like one component of a model: give the folder above, {folder.absolute().parent}"
     models = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_NAME}"))

@@ -141,7 +141,7 @@ def _heads(layout: UNetLayout, family: Family, where: str) -> int | list[int]:
     unit = _SD1_HEADS if family is Family.SD1 else _HEAD_CHANNELS
     if any(width % unit for width in channels):
         raise CheckpointError(
-            f"{where}: widths {channels} are no multiples of {unit}: they do not tell the number of heads",
+            f"{where}: widths {channels} are not multiples of {unit}: they do not tell the number of heads",
             hint="give the model as a diffusers folder, whose config says it",
         )
     return _SD1_HEADS if family is Family.SD1 else [width // _HEAD_CHANNELS for width in channels]

@@ -20,7 +20,7 @@ def open_checkpoint(source: str, choice: Choice | None = None) -> Checkpoint:
     """Open a diffusers folder, a single file or a Hugging Face id; no tensor is loaded.
 
     Raises `CheckpointError` for what is missing, damaged, contradictory or of another family, `UnsafeInputError` for a
-    pickle that wants to run code or a file that contradicts itself. Asks the network only for an id that is no local
+    pickle that wants to run code or a file that contradicts itself. Asks the network only for an id that is not a local
     path, and not if the choice is offline.
     """
     choice = choice or Choice()

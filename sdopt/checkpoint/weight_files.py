@@ -92,9 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(real.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}", hint="download the folder again") from error
+        raise CheckpointError(f"{path} is not JSON: {error}", hint="download the folder again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is no table")
+        raise CheckpointError(f"{path} is not a table")
     return values
 
 
@@ -128,7 +128,7 @@ def _open_shards(folder: Path, index: str) -> Mapping[str, TensorRef]:
     for shard in sorted(set(places.values())):
         # A shard lies beside its index: a name with a folder in it could leave the model.
         if PurePosixPath(shard).name != shard or shard == ".." or any(mark in shard for mark in "\\:\0"):
-            raise UnsafeInputError(f"{folder / index} names the shard {shard!r}, which is no plain file name")
+            raise UnsafeInputError(f"{folder / index} names the shard {shard!r}, which is not a plain file name")
         for name, ref in open_tensors(follow_link(folder / shard)).items():
             if places.get(name) != shard or name in tensors:
                 raise CheckpointError(f"{folder / shard}: the index does not place tensor {name!r} there")

@@ -240,7 +240,7 @@ def _parse_series(text: str) -> SeriesKey:
         return SeriesKey(case=case, candidate=candidate, metric=Metric(metric))
     except (ValueError, ValidationError) as error:
         raise UsageError(
-            f"{text!r} is no series", hint=f"CASE/CANDIDATE/METRIC, with a metric of: {', '.join(Metric)}"
+            f"{text!r} is not a series", hint=f"CASE/CANDIDATE/METRIC, with a metric of: {', '.join(Metric)}"
         ) from error
 
 

@@ -88,7 +88,7 @@ class PictureJudge:
 
 
 def judge(draft: BundleManifest, pictures: PictureJudge) -> FidelityRecord:
-    """The verdict on the engines, or on their graphs. Raises `FidelityError` where it is no pass."""
+    """The verdict on the engines, or on their graphs. Raises `FidelityError` where it is not a pass."""
     if not (draft.recipe.verify.enabled and draft.recipe.verify.fidelity):
         return draft.fidelity
     record = pictures.judge(draft)

@@ -40,7 +40,7 @@ def find_config(kind: str, name: str, ending: str) -> Path:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line, without blanks around it; empty lines and those that begin with `#` do not count.
 
-    Raises `RecipeError` for a file without a prompt, one that is no text, and one larger than any list of prompts.
+    Raises `RecipeError` for a file without a prompt, one that is not text, and one larger than any list of prompts.
     """
     try:
         if path.stat().st_size > _LIMIT_BYTES:

@@ -27,7 +27,7 @@ _BLACK_MEAN = 4 / 255
 
 
 class PictureFault(StrEnum):
-    """Why something is no picture; the value completes the sentence "the picture …"."""
+    """Why something is not a picture; the value completes the sentence "the picture …"."""
 
     NOT_FINITE = "has NaN or Inf in it"
     BLACK = "is black"

@@ -42,7 +42,7 @@ def check_graph_file(path: Path) -> onnx.ModelProto:
     except ArtifactError:
         raise
     except Exception as error:  # protobuf's DecodeError has no public home that is the same in every version
-        raise ArtifactError(f"{path} is no ONNX graph, or it is damaged: {error}") from error
+        raise ArtifactError(f"{path} is not an ONNX graph, or it is damaged: {error}") from error
     for tensor in _model_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(path, tensor)
@@ -107,7 +107,7 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
         raise ArtifactError(f"{path} needs {file}, which is missing")
     numbers = entries.get("offset", "0"), entries.get("length", "")
     if not all(_NUMBER.match(text) for text in numbers) or any(side < 0 for side in tensor.dims):
-        raise UnsafeInputError(f"{path}: the place or shape of {tensor.name!r} is no plain number: {numbers}")
+        raise UnsafeInputError(f"{path}: the place or shape of {tensor.name!r} is not a plain number: {numbers}")
     offset, length = map(int, numbers)
     bits = _ITEMSIZE_BITS.get(tensor.data_type, 0)
     for side in tensor.dims:

@@ -47,7 +47,7 @@ class Scheme(StrEnum):
 
 
 INT4_BLOCK = 128
-"""Inputs that share a scale in INT4; a layer whose inputs are no multiple of it stays as it is."""
+"""Inputs that share a scale in INT4; a layer whose inputs are not a multiple of it stays as it is."""
 
 
 class _Frozen(BaseModel):

@@ -132,10 +132,10 @@ _UNITS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """`'12GiB'` is 12 x 2^30, `'12GB'` is 12 x 10^9. Raises `ValueError` for what is no amount of memory."""
+    """`'12GiB'` is 12 x 2^30, `'12GB'` is 12 x 10^9. Raises `ValueError` for what is not an amount of memory."""
     match = _BYTES.match(text.strip())
     if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is no amount of memory such as 12GiB")
+        raise ValueError(f"{text!r} is not an amount of memory such as 12GiB")
     base = 1024 if match[2].endswith("i") else 1000
     return int(float(match[1]) * base ** _UNITS[match[2].removesuffix("i")])
 

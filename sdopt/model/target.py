@@ -65,7 +65,7 @@ def parse_target(text: str) -> Target:
         )
     if bad := [name for name in generations if not _GENERATION.match(name)]:
         raise RecipeError(
-            f"{bad[0]!r} is no GPU generation",
+            f"{bad[0]!r} is not a GPU generation",
             hint="a generation is named by its compute capability, as in --target rtx:sm86,sm89,sm120",
         )
     return Target(runtime, generations)

@@ -65,11 +65,11 @@ def read_header(path: Path) -> SafetensorsFile:
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{path} is no safetensors file: it has {len(prefix)} bytes")
+                raise CheckpointError(f"{path} is not a safetensors file: it has {len(prefix)} bytes")
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(_HEADER_LIMIT_BYTES, size_bytes - 8):
                 raise CheckpointError(
-                    f"{path} is no safetensors file, or it is truncated: its header should have {header_bytes} bytes",
+                    f"{path} is not a safetensors file, or is truncated: its header should have {header_bytes} bytes",
                     hint="download it again",
                 )
             raw = file.read(header_bytes)
@@ -78,7 +78,7 @@ def read_header(path: Path) -> SafetensorsFile:
     header = _parse_header(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise UnsafeInputError(f"{path}: the metadata is no table of strings")
+        raise UnsafeInputError(f"{path}: the metadata is not a table of strings")
     start = 8 + header_bytes
     tensors = {name: _parse_entry(path, name, entry, start) for name, entry in header.items()}
     _check_ranges(path, tensors, start, size_bytes)
@@ -105,9 +105,9 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
-        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON") from error
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is no safetensors file: its header is no table")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a table")
     return header
 
 

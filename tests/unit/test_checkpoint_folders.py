@@ -76,7 +76,7 @@ def test_shards(folder: Path, variant: str) -> None:
     assert equal(read_unet(folder), state)
     for shard in ("../unet/x.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b"):
         index.write_text(json.dumps({"weight_map": {**places, "conv_in.bias": shard}}))
-        with pytest.raises(UnsafeInputError, match="no plain file name"):
+        with pytest.raises(UnsafeInputError, match="not a plain file name"):
             open_checkpoint(str(folder))
     index.write_text(json.dumps({"weight_map": {**places, "conv_in.bias": "absent.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"absent\.safetensors is missing"):
@@ -214,7 +214,7 @@ def truncate_weights(folder: Path) -> None:
         (add_tensor, r"does not explain: 1 tensor: control\.weight"),
         (reshape_tensor, r"'conv_in\.bias' has the shape \[7\], and its config asks for \[32\]"),
         (quantise_tensor, "stored as int8: the checkpoint is quantised"),
-        (break_json, r"config\.json is no JSON"),
+        (break_json, r"config\.json is not JSON"),
         (truncate_weights, "truncated"),
         (change_config("unet/config.json", block_out_channels=[32]), "cannot be built"),
         (change_config("unet/config.json", _class_name="UNet3DConditionModel"), "UNet3DConditionModel"),

@@ -1,4 +1,4 @@
-"""A graph may name any file: what is no plain range of a plain file beside it is refused before a runtime sees it."""
+"""A graph may name any file: what is not a plain range of a plain file beside it is refused before any runtime."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
     "unknown component": (lambda t: t["components"].update(head=t["components"]["unet"]), r"components\.head"),
     "unknown precision": (lambda t: t["components"]["unet"].update(precision="fp12"), r"components\.unet\.precision"),
     "unknown backend": (lambda t: t["components"]["unet"].update(backend={"kind": "abacus"}), r"unet\.backend"),
-    "digest is no digest": (lambda t: t["files"]["unet/model.onnx"].update(sha256="00"), r"sha256"),
+    "digest is not a digest": (lambda t: t["files"]["unet/model.onnx"].update(sha256="00"), r"sha256"),
     "negative size": (lambda t: t["files"]["unet/model.onnx"].update(size_bytes=-1), r"size_bytes"),
     "impossible profile": (lambda t: t["profile"]["batch"].update(min=5, opt=1, max=1), r"profile"),
 }  # fmt: skip

@@ -127,7 +127,7 @@ def test_machines_share_the_branch_of_histories(tmp_path: Path) -> None:
     with (tmp_path / "history-one" / "one" / "history.jsonl").open("a") as file:
         file.write("one 2\n")
     keep("push", "one")
-    keep("push", "one")  # nothing new is no failure
+    keep("push", "one")  # nothing new is not a failure
     assert git("--git-dir", str(origin), "ls-tree", "-r", "--name-only", "perf-history").split() == [
         "one/history.jsonl", "two/history.jsonl",
     ]  # fmt: skip

@@ -317,7 +317,7 @@ def test_an_old_commit_that_cannot_run_is_no_answer_and_says_why(nights: Nights)
 
 
 def test_an_accepted_run_is_the_new_usual(nights: Nights) -> None:
-    """Two nights in a row alarm without an A/B; once accepted, a third of the same speed is no alarm."""
+    """Two nights in a row alarm without an A/B; once accepted, a third of the same speed is not an alarm."""
     codes = []
     for night in (7, 8):
         codes.append(judge_run(nights.wait(130.0, night), nights.history, confirm_s=0).report.exit_code)

@@ -75,7 +75,7 @@ def test_what_happened_is_said(page: str) -> None:
     text = Page(page).text
     for words in (
         "The last run alarmed. 8 runs from 2026-01-01 to 2026-01-08 of 4 series in 2 environments: 1 alarmed, 1 was",
-        "1 line of the history is no run and was passed over",
+        "1 line of the history is not a run and was passed over",
         "torch 2.12 -> 2.13",
         "a bridge run",
         "with uncommitted changes",
@@ -139,7 +139,7 @@ def test_the_csv_has_every_point_and_no_formula() -> None:
 
 def test_the_terminal_shows_the_same() -> None:
     text = format_history(make_view())
-    assert "line 4 is no run" in text
+    assert "line 4 is not a run" in text
     assert "  -- torch 2.12 -> 2.13\n20260107T030000Z-00000006  bridge" in text
     assert re.search(r"alarm  uncommitted changes$", text, re.M)
     assert re.search(r"tiny/engines/end_to_end +110 ms +100 ms +\+10\.0%", text)

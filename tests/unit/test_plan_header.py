@@ -54,7 +54,7 @@ def test_a_file_without_room_for_a_header_is_no_plan(data: bytes, tmp_path: Path
     with pytest.raises(ArtifactError, match=f"it has {len(data)} bytes"):
         read_plan_header(path)
     assert find_contradictions(tmp_path, make_plan(file="x.plan")) == [
-        f"x.plan is no plan of TensorRT: it has {len(data)} bytes"
+        f"x.plan is not a plan of TensorRT: it has {len(data)} bytes"
     ]
 
 

@@ -369,7 +369,7 @@ def test_text_and_plots_can_be_told_from_their_ground(page: str, scheme: str) ->
     parts = zip(*(bytes.fromhex(colours[name][1:]) for name in ("accent", "card")), strict=True)
     tinted = "#" + "".join(f"{round(0.07 * accent + 0.93 * card):02x}" for accent, card in parts)
     assert all(measure_contrast(colours[text], tinted) >= 4.5 for text in ("ink", "soft", "accent", "good", "bad"))
-    # WCAG asks 3 of what is no text.
+    # WCAG asks 3 of what is not text.
     assert all(measure_contrast(colours[f"s{i}"], colours["card"]) >= 3 for i in range(1, 9))
 
 

@@ -66,7 +66,7 @@ def usual_baselines(*, on_gpu: bool) -> tuple[str, ...]:
 
 
 def parse_against(text: str) -> tuple[str, ...]:
-    """`'eager-fp32,compile,out/other'` as words, each once; a word that is no baseline is a bundle's folder.
+    """`'eager-fp32,compile,out/other'` as words, each once; a word that is not a baseline is a bundle's folder.
 
     Empty is none. Raises `UsageError` for a word that is neither.
     """

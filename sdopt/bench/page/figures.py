@@ -102,7 +102,7 @@ def measure_roofline_use(report: BenchReport, rows: Sequence[CandidateSummary]) 
 
 
 def _hold_against(reached: float, rate: RooflineRecord) -> tuple[float | None, str]:
-    """(share of the rate, nothing), or (None, why the rate is no roof): nothing is faster than what is possible."""
+    """(share of the rate, nothing), or (None, why the rate is not a roof): nothing is faster than what is possible."""
     share = reached / rate.flops_per_s
     if share <= 1:
         return share, ""

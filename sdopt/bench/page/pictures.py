@@ -64,7 +64,7 @@ def lay_out_grid(result: BenchResult) -> list[Row]:
 
 
 def _list_columns(result: BenchResult) -> Sequence[tuple[CandidateRecord | None, Drawing]]:
-    """Candidates and their drawings; None is torch fp32 where it drew the reference and is no candidate."""
+    """Candidates and their drawings; None is torch fp32 where it drew the reference and is not a candidate."""
     drawn = [(each, result.drawings[each.name]) for each in result.report.candidates if each.name in result.drawings]
     if result.reference is None or any(candidate.name == Baseline.EAGER_FP32 for candidate, _ in drawn):
         return drawn

@@ -101,7 +101,7 @@ def make_axes(labels: Sequence[str], title: str) -> tuple[Any, Any]:
     axes.set_ylim(len(labels) - 0.6, -0.55)
     for y, label in enumerate(labels):
         shown = label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…"
-        # A label is the user's own text: dollars in it are no formula.
+        # A label is the user's own text: dollars in it are not a formula.
         axes.text(
             0, y - 0.16, shown, transform=axes.get_yaxis_transform(), fontsize=11, color=TEXT, va="bottom",
             parse_math=False,

@@ -98,7 +98,7 @@ def read_calls(path: Path, name: ComponentName) -> Iterator[Call]:
 
     with safe_open(path, framework="pt") as file:
         keys: dict[int, list[tuple[str, str]]] = {}
-        for key in file.keys():  # noqa: SIM118 - it is no dict
+        for key in file.keys():  # noqa: SIM118 - it is not a dict
             component, _, rest = key.partition(".")
             if component == name:
                 number, way, tensor = rest.split(".", 2)

@@ -62,7 +62,7 @@ def stock_layers(
 
 def _read_scales(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
 
 
 def write_trial(stock: Stock, layers: Mapping[str, LayerChoice], name: str) -> None:

@@ -61,13 +61,13 @@ def export_graph(folder: Path, output: Path, *, name: str | None = None) -> Comf
 def export_engine(folder: Path, comfyui: Path, *, name: str | None = None) -> ComfyExport:
     """Build the engine for this machine's GPU into `models/tensorrt` of ComfyUI's folder.
 
-    Raises `UsageError` where that is no folder of ComfyUI, holds such an engine, or for a model that the loader has no
-    type for, and `MissingDependency` where general TensorRT or a GPU is missing.
+    Raises `UsageError` where that is not a folder of ComfyUI, holds such an engine, or for a model that the loader has
+    no type for, and `MissingDependency` where general TensorRT or a GPU is missing.
     """
     manifest = open_bundle(folder)
     if not (comfyui / "models").is_dir():
         raise UsageError(
-            f"{comfyui} is no folder of ComfyUI: it has no models folder", hint="give ComfyUI's own folder with -o"
+            f"{comfyui} is not a folder of ComfyUI: it has no models folder", hint="give ComfyUI's own folder with -o"
         )
     engine = _describe(folder, manifest, name, comfyui).engine
     target = comfyui / "models" / "tensorrt" / engine

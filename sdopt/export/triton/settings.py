@@ -178,5 +178,5 @@ def _tokenizer_folder(encoder: ComponentName) -> str:
 def _read_table(path: Path) -> dict[str, Any]:
     table = json.loads(path.read_bytes())
     if not isinstance(table, dict):
-        raise ArtifactError(f"{path} is no table")
+        raise ArtifactError(f"{path} is not a table")
     return table

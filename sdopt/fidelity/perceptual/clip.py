@@ -34,7 +34,7 @@ class Clip:
             self._preparation = _read_preparation(folder)
         except Exception as error:  # transformers raises nearly anything for a folder that is not what it seems
             reason = str(error).partition("\n")[0][:200]
-            raise CheckpointError(f"{folder} is no CLIP model that transformers can open: {reason}") from error
+            raise CheckpointError(f"{folder} is not a CLIP model that transformers can open: {reason}") from error
 
     def find_features(self, pictures: Sequence[Picture]) -> NDArray[np.float64]:
         """Features of each picture, (pictures, width), of length 1."""

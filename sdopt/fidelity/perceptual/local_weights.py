@@ -54,7 +54,7 @@ def _require_place(name: str, path: Path) -> Path:
     if name == "clip":
         if not (path / "config.json").is_file():
             raise UsageError(
-                f"--weights clip={path} is no folder of a CLIP model: it has no config.json",
+                f"--weights clip={path} is not a folder of a CLIP model: it has no config.json",
                 hint="name a folder as huggingface-cli download openai/clip-vit-base-patch32 --local-dir makes it",
             )
         if not list_clip_files(path):

@@ -91,7 +91,7 @@ def bisect(repository: Path, span: str, job: SuiteRun, candidate: str, metric: M
     """Search `GOOD..BAD` for the commit that made a series slower. Raises `UsageError` for a span that is none."""
     good, dots, bad = span.partition("..")
     if not (good and dots and bad):
-        raise UsageError(f"{span!r} is no span of commits", hint="give it as GOOD..BAD")
+        raise UsageError(f"{span!r} is not a span of commits", hint="give it as GOOD..BAD")
     commits = list_commits(repository, good, bad)
     with checked_out(repository, commits[0]) as tree, opened_side(tree, job) as baseline:
 

@@ -50,7 +50,7 @@ class Side:
 class Row:
     """A series of both, values in the metric's unit. `change` is a part of `before`; of PSNR and SSIM a difference.
 
-    `verdict` has the ratio "after is so many times as fast"; None for what is no time.
+    `verdict` has the ratio "after is so many times as fast"; None for what is not a time.
     """
 
     key: SeriesKey

@@ -1,6 +1,6 @@
 """What decides speed besides the code, as one short digest: series of a history never cross it.
 
-sdopt's own version is no part of it, because that is what a nightly run judges. Every recorded library is: those that
+sdopt's own version is not part of it, because that is what a nightly run judges. Every recorded library is: those that
 build graphs decide what the others have to compute.
 """
 

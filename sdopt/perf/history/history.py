@@ -28,7 +28,7 @@ LINE_LIMIT_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class DamagedLine:
-    """A line of the file that is no run: cut, damaged, or of a format that is not known."""
+    """A line of the file that is not a run: cut, damaged, or of a format that is not known."""
 
     line_number: int
     reason: str

@@ -24,7 +24,7 @@ NightValues = Mapping[SeriesKey, float]
 
 
 def take_value(series: SeriesRecord) -> float | None:
-    """What a run says of a series, in its unit; None where it has no sample, or one that is no number.
+    """What a run says of a series, in its unit; None where it has no sample, or one that is not a number.
 
     The median of the processes' medians. Of PSNR and SSIM the worst picture: one that broke is seldom the median.
     """

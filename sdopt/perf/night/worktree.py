@@ -101,7 +101,7 @@ def list_commits(repository: Path, good: str, bad: str) -> list[str]:
     way = _git(repository, "rev-list", "--first-parent", "--reverse", bad).split()
     if good not in way or good == bad:
         raise UsageError(
-            f"{good[:12]} is no earlier commit on the way of first parents to {bad[:12]}",
+            f"{good[:12]} is not an earlier commit on the way of first parents to {bad[:12]}",
             hint="give the good commit first: sdopt perf bisect GOOD..BAD",
         )
     return way[way.index(good) :]

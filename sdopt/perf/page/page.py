@@ -128,7 +128,7 @@ def format_history(view: HistoryView) -> str:
     """For a terminal: the last 30 runs, and each series' last point; lines end with a newline."""
     lines = [describe_history(view)]
     breaks = list_breaks(view)
-    lines += [f"line {damage.line_number} is no run: {damage.reason}" for damage in view.damaged]
+    lines += [f"line {damage.line_number} is not a run: {damage.reason}" for damage in view.damaged]
     for place, run in list(enumerate(view.runs))[-_LINES:]:
         if place in breaks:
             lines.append(f"  -- {breaks[place].change}")

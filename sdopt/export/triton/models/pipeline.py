@@ -98,7 +98,7 @@ def _read_texts(request: Any, name: str) -> tuple[str, ...]:
     try:
         texts = tuple(value.decode("utf-8") for value in values.flatten())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no UTF-8") from error
+        raise ValueError(f"{name} is not UTF-8") from error
     if any(len(text) > _TEXT_LIMIT for text in texts):
         raise ValueError(f"{name} is longer than {_TEXT_LIMIT} characters")
     return texts
