@@ -153,7 +153,7 @@ def test_without_tensorrt_it_says_what_to_do(
         export_engine(pristine_bundle, comfyui_folder)
     assert "--graph" in raised.value.hint
     assert [path.name for path in comfyui_folder.rglob("*")] == ["models"]
-    with pytest.raises(UsageError, match="no folder of ComfyUI"):
+    with pytest.raises(UsageError, match="not a folder of ComfyUI"):
         export_engine(pristine_bundle, comfyui_folder / "models")
 
 

@@ -155,7 +155,7 @@ def test_pictures_are_prepared_as_transformers_does(height_px: int, width_px: in
 def test_a_folder_that_is_no_clip(tmp_path: Path) -> None:
     folder = write_clip(tmp_path)
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(CheckpointError, match="no CLIP model"):
+    with pytest.raises(CheckpointError, match="not a CLIP model"):
         Clip(folder)
 
 

@@ -96,7 +96,7 @@ def test_what_is_no_commit_and_no_way_is_refused(repository: Path) -> None:
     with pytest.raises(UsageError, match="no commit"), checked_out(repository, "--force"):
         pass
     for good, bad in (("main", "main~1"), ("main", "main")):
-        with pytest.raises(UsageError, match="no earlier commit"):
+        with pytest.raises(UsageError, match="not an earlier commit"):
             list_commits(repository, good, bad)
 
 

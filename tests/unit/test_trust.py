@@ -90,7 +90,7 @@ def test_a_changed_manifest_is_another(folder: Path, manifest: BundleManifest) -
 
 @pytest.mark.parametrize("word", ["", "sm89", "ab" * 31, "g" * 64, "ab" * 32 + "\n1"])
 def test_what_is_no_digest_is_a_usage_error(word: str) -> None:
-    with pytest.raises(UsageError, match="no SHA-256"):
+    with pytest.raises(UsageError, match="not a SHA-256"):
         parse_digest(word)
 
 
