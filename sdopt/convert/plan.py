@@ -23,7 +23,15 @@ from sdopt.model.backend_settings import (
     graph_dtype,
     needs_gpu,
 )
-from sdopt.model.component import ComponentName, ComponentSpec, Config, describe_component, unet_factor, vae_factor
+from sdopt.model.component import (
+    ComponentName,
+    ComponentSpec,
+    Config,
+    describe_component,
+    native_size_px,
+    unet_factor,
+    vae_factor,
+)
 from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import QuantizationSettings, Scheme, parse_quantization
@@ -139,10 +147,7 @@ def _read_quantization(recipe: BuildRecipe) -> QuantizationSettings | None:
 
 
 def _resolve_profiles(recipe: BuildRecipe, unet: Config, vae: Config, family: Family) -> tuple[ShapeProfile, ...]:
-    side = unet.get("sample_size")
-    sides = side if isinstance(side, list | tuple) else (side, side)
-    # A UNet's config counts in latent elements; old ones leave it out.
-    height_px, width_px = (int(s) * vae_factor(vae) if s else family.native_size_px for s in sides)
+    width_px, height_px = native_size_px(unet, vae, family)
     sizes = parse_sizes(recipe.size or f"{width_px}x{height_px}", (width_px, height_px))
     tokens = Extent(CHUNK_TOKENS, CHUNK_TOKENS, recipe.tokens)
     if not recipe.dynamic:

@@ -13,6 +13,7 @@ from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
 from sdopt.graph.external_data import check_graph_file
+from sdopt.model.component import ComponentName, native_size_px, unet_factor, vae_factor
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
@@ -71,8 +72,21 @@ def _inspect_checkpoint(source: str) -> dict[str, Any]:
             "tensors": len(tensors),
             "parameters": sum(ref.nbytes // ref.dtype.itemsize_bytes for ref in tensors.values()),
             "dtypes": sorted({str(ref.dtype) for ref in tensors.values()}),
+            "bytes": sum(ref.nbytes for ref in tensors.values()),
         }
 
+    unet = checkpoint.components[ComponentName.UNET].config
+    decoder = checkpoint.components.get(ComponentName.VAE_DECODER)
+    sizes: dict[str, Any] = {}
+    if decoder is not None:
+        width_px, height_px = native_size_px(unet, decoder.config, checkpoint.family)
+        sizes = {
+            "width_px": width_px,
+            "height_px": height_px,
+            "multiple_px": vae_factor(decoder.config) * unet_factor(unet),
+            "pixels_per_latent": vae_factor(decoder.config),
+            "latent_channels": decoder.config["latent_channels"],
+        }
     return {
         "kind": "checkpoint",
         "family": checkpoint.family,
@@ -80,5 +94,7 @@ def _inspect_checkpoint(source: str) -> dict[str, Any]:
         "inpainting": checkpoint.inpainting,
         "source": checkpoint.source.model_dump(mode="json"),
         "scheduler": checkpoint.scheduler.get("_class_name"),
+        **sizes,
         "components": {name: summary(dict(part.tensors)) for name, part in checkpoint.components.items()},
+        "ignored": dict(checkpoint.ignored),
     }

@@ -15,6 +15,14 @@ class Family(StrEnum):
     SDXL_REFINER = "sdxl-refiner"
 
     @property
+    def label(self) -> str:
+        """As its makers write it."""
+        return {
+            Family.SD1: "Stable Diffusion 1", Family.SD2: "Stable Diffusion 2", Family.SDXL: "SDXL",
+            Family.SDXL_REFINER: "SDXL refiner",
+        }[self]  # fmt: skip
+
+    @property
     def is_xl(self) -> bool:
         return self in (Family.SDXL, Family.SDXL_REFINER)
 

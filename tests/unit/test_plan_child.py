@@ -52,7 +52,7 @@ def test_a_build_ahead_of_time_uses_no_gpu(tmp_path: Path, monkeypatch: pytest.M
     assert build("tensorrt", tmp_path, monkeypatch, gpu=False)["build_peak_device_bytes"] is None
 
 
-@pytest.mark.parametrize(("peak_bytes", "words"), [(1_234_567, ", with at most 1,234,567 bytes of a GPU"), (None, "")])
+@pytest.mark.parametrize(("peak_bytes", "words"), [(1_234_567, ", with at most 1.2 MB of a GPU"), (None, "")])
 def test_inspect_shows_the_gpu_memory_of_a_build_that_used_one(
     peak_bytes: int | None, words: str, tmp_path: Path
 ) -> None:
