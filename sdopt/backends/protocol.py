@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
+from sdopt.bundle.again import variant_command
 from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
@@ -165,7 +166,7 @@ def check_inputs(
                 span = str(extent.min) if extent.is_static else f"{extent.min} to {extent.max}"
                 raise ShapeError(
                     f"{spec.name}: axis {axis!r} of {tensor.name} is {size}, and the engine was built for {span}",
-                    hint="build another with sdopt convert --size / --batch / --tokens",
+                    hint=f"build another: {variant_command('--size WxH --batch N --tokens N')}",
                 )
             if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                 raise ShapeError(
@@ -203,5 +204,5 @@ def _require_profile(spec: ComponentSpec, sizes: Mapping[str, int], profiles: Se
     built = " and ".join(f"{axis} {near[axis].clamp(sizes[axis])}" for axis in wrong)
     raise ShapeError(
         f"{spec.name}: no profile that the engine was built for has {asked}; the nearest has {built}",
-        hint="build another with sdopt convert --size",
+        hint=f"build another: {variant_command('--size WxH')}",
     )

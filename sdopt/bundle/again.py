@@ -23,6 +23,15 @@ def again_command(
     return shlex.join(words)
 
 
+def variant_command(flags: str, folder: Path | None = None) -> str:
+    """The command line that builds a bundle's recipe with other `flags`, beside it.
+
+    Where nobody knows the bundle's folder, the command says FOLDER, and OTHER for the new one.
+    """
+    given, other = ("FOLDER", "OTHER") if folder is None else (str(folder), str(beside(folder, "other")))
+    return f"sdopt convert --again {shlex.quote(given)} {flags} -o {shlex.quote(other)}"
+
+
 def beside(folder: Path, ending: str) -> Path:
     """A folder beside the bundle, for another build of it: `engines/mine-cpu` for `engines/mine`."""
     named = folder if folder.name.strip(".") else folder.resolve()

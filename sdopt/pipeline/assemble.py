@@ -78,7 +78,7 @@ def assemble_pipeline(
             f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}",
             hint="build the bundle again",
         )
-    bundle = OpenedBundle(manifest, _read_table(folder / _SCHEDULER_CONFIG))
+    bundle = OpenedBundle(folder, manifest, _read_table(folder / _SCHEDULER_CONFIG))
     vae = EngineVAE(
         sessions[ComponentName.VAE_DECODER],
         sessions.get(ComponentName.VAE_ENCODER),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sdopt.bundle.manifest import BundleManifest
@@ -13,8 +14,9 @@ from sdopt.errors import UsageError
 
 @dataclass(frozen=True)
 class OpenedBundle:
-    """A bundle's manifest, and the scheduler config that the checkpoint came with."""
+    """A bundle's folder and manifest, and the scheduler config that the checkpoint came with."""
 
+    folder: Path
     manifest: BundleManifest
     scheduler_config: Mapping[str, Any]
 

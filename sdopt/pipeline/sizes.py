@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdopt.bundle.again import variant_command
 from sdopt.errors import ShapeError
 from sdopt.model.shape import nearest_profile, write_size
 
@@ -23,11 +25,13 @@ def check_picture_size(session: Session, value: torch.Tensor, pixels_per_element
 
 
 def require_size(
-    session: Session, width_px: int, height_px: int, pixels_per_element: int, *, multiple_px: int = _MULTIPLE_PX
-) -> None:
+    session: Session, width_px: int, height_px: int, pixels_per_element: int, *, multiple_px: int = _MULTIPLE_PX,
+    folder: Path | None = None,
+) -> None:  # fmt: skip
     """Raise a `ShapeError` that names the profiles of the engine, and the nearest, unless one takes this size.
 
-    `multiple_px` is what both sides of a picture have to be a multiple of, for a bundle that could take it.
+    `multiple_px` is what both sides of a picture have to be a multiple of, for a bundle that could take it;
+    `folder` is the bundle's, for the command that builds one.
     """
     height, width = (str(axis) for axis in session.spec.inputs[0].axes[2:])
     built = [{axis: table[axis].scaled(pixels_per_element) for axis in (width, height)} for table in session.profiles]
@@ -41,5 +45,5 @@ def require_size(
     possible = "x".join(str(max(1, round(side / multiple_px)) * multiple_px) for side in (width_px, height_px))
     raise ShapeError(
         f"a picture of {width_px}x{height_px} px: {session.spec.name} was built for {span}",
-        hint=f"draw at the bundle's own size, or build another bundle with sdopt convert --size {possible}",
+        hint=f"draw at the bundle's own size, or build another: {variant_command(f'--size {possible}', folder)}",
     )

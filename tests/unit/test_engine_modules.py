@@ -145,7 +145,7 @@ def test_the_hint_names_a_size_that_convert_accepts() -> None:
     for asked, possible in (((17, 30), "16x32"), ((1, 1), "4x4"), ((64, 32), "64x32")):
         with pytest.raises(ShapeError) as caught:
             unet.check_size(*asked)
-        assert caught.value.hint.endswith(f"sdopt convert --size {possible}")
+        assert f"--again FOLDER --size {possible} -o OTHER" in caught.value.hint
 
 
 def test_a_size_between_profiles_is_refused_and_the_nearest_named() -> None:

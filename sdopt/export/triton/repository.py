@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdopt import progress
+from sdopt.bundle.again import variant_command
 from sdopt.bundle.damage import bundle_extents
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.bundle.records import PlanRecord
@@ -110,8 +111,8 @@ def _select_plans(manifest: BundleManifest, part: ComponentName) -> list[PlanRec
         holds = "plans of TensorRT-RTX, which Triton cannot load" if every else "no plans"
         raise UsageError(
             f"Triton's TensorRT backend needs plans of general TensorRT, and {part} of this bundle has {holds}",
-            hint="export with --backend onnxruntime, or build plans on the GPU machine with sdopt convert --target "
-            "tensorrt",
+            hint="export with --backend onnxruntime, or build plans on the GPU machine: "
+            + variant_command("--target tensorrt"),
         )
     if len({plan.version for plan in plans}) > 1:
         raise UsageError(f"the plans of {part} are of several versions of TensorRT, and a Triton server has one")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.again import variant_command
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.component import ComponentName, vae_factor
@@ -69,7 +70,7 @@ def require_text_to_image(manifest: BundleManifest) -> None:
         raise UsageError(
             f"{manifest.name} takes prompts of {manifest.profile.tokens.min} tokens only, and the pipeline in Triton "
             f"gives {CHUNK_TOKENS}",
-            hint="build another bundle with sdopt convert --tokens 77",
+            hint=f"build another: {variant_command('--tokens 77')}",
         )
     if manifest.inpainting or manifest.family is Family.SDXL_REFINER:
         raise UsageError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from diffusers.configuration_utils import FrozenDict
 
+from sdopt.bundle.again import variant_command
 from sdopt.errors import UsageError
 from sdopt.model.component import ComponentSpec, Config
 
@@ -54,7 +55,7 @@ class EngineModule(torch.nn.Module):
         if elsewhere := [place for place in places if torch.device(place).type != self.device.type]:
             raise UsageError(
                 f"{type(self).__name__} cannot move to {elsewhere[0]}: an engine runs where it was built for",
-                hint="leave out .to(...), or build for another target with sdopt convert --target",
+                hint=f"leave out .to(...), or build for another: {variant_command('--target TARGET')}",
             )
         return self
 

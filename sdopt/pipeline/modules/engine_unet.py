@@ -98,7 +98,10 @@ class EngineUNet(EngineModule):
     def check_size(self, width_px: int, height_px: int) -> None:
         """Raise `ShapeError` for a picture that the engine cannot draw; the nearest that it can is named."""
         multiple_px = self.pixels_per_latent * unet_factor(self.config)
-        require_size(self.session, width_px, height_px, self.pixels_per_latent, multiple_px=multiple_px)
+        folder = self.bundle.folder if isinstance(self.bundle, OpenedBundle) else None
+        require_size(
+            self.session, width_px, height_px, self.pixels_per_latent, multiple_px=multiple_px, folder=folder
+        )  # fmt: skip
         # A range has sizes at which the skip connections of this UNet do not meet.
         profile = ShapeProfile.static(width_px=width_px, height_px=height_px)
         profile.check_against(multiple_px)

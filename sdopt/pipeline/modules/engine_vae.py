@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+from sdopt.bundle.again import variant_command
 from sdopt.errors import UsageError
 from sdopt.model.component import Config, vae_factor
 from sdopt.pipeline.batches import run_rows
@@ -73,5 +74,5 @@ class EngineVAE(EngineModule):
         if use_tiling:
             raise UsageError(
                 "a VAE engine cannot work in tiles: it was built for one size",
-                hint="build another bundle with sdopt convert --size",
+                hint=f"build another: {variant_command('--size WxH')}",
             )
