@@ -98,7 +98,7 @@ class EngineUNet(EngineModule):
     def check_size(self, width_px: int, height_px: int) -> None:
         """Raise `ShapeError` for a picture that the engine cannot draw; the nearest that it can is named."""
         multiple_px = self.pixels_per_latent * unet_factor(self.config)
-        folder = self.bundle.folder if isinstance(self.bundle, OpenedBundle) else None
+        folder = None if self.bundle is None else self.bundle.folder
         require_size(
             self.session, width_px, height_px, self.pixels_per_latent, multiple_px=multiple_px, folder=folder
         )  # fmt: skip
