@@ -15,6 +15,8 @@ Sink = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 _LINE_EVERY_S = 10.0
+# Less is not worth a word.
+_WORTH_SAYING_S = 20.0
 
 
 def _silent(text: str, share: float) -> None:
@@ -27,6 +29,14 @@ _sink: contextvars.ContextVar[Sink] = contextvars.ContextVar("sink", default=_si
 def update(text: str, share: float) -> None:
     """Tell how far the work named `text` is: `share` of 0 to 1. Cheap; call it as often as is natural."""
     _sink.get()(text, min(1.0, max(0.0, share)))
+
+
+def announce(text: str, left_s: float) -> None:
+    """Begin work named `text`, and say how long all that is to come takes, where that is worth a word."""
+    if left_s >= _WORTH_SAYING_S:
+        left = f"{left_s / 60:.0f} minutes" if left_s >= 90 else f"{left_s:.0f} seconds"
+        text = f"{text}; about {left} left, by an estimate"
+    update(text, 0.0)
 
 
 @contextlib.contextmanager

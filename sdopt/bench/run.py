@@ -195,7 +195,7 @@ def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessReco
     if found is None:
         raise SdoptError(f"there is no candidate {name!r}; there are {', '.join(each.name for each in candidates)}")
     row = _Row(found, work / f"{name}.safetensors")
-    _run_row(request, _prepare_scene(request, manifest, work), row, 0, 1)
+    _run_row(request, _prepare_scene(request, manifest, work), row, 0, 1, 0.0)
     if row.status is not Status.OK:
         raise SdoptError(f"{found.label} {row.status}: {row.message}")
     return row.processes[0]
@@ -230,10 +230,16 @@ def _run_rows(request: BenchRequest, scene: Scene, rows: Mapping[str, _Row]) -> 
     """
     order: list[str] = []
     planned = interleave(list(rows), request.repeats or USUAL_REPEATS)
-    for name in planned:
+    taken_s: dict[str, float] = {}  # by the last process of each candidate
+    for position, name in enumerate(planned):
         if request.repeats is None and order.count(name) >= FEW_REPEATS and _is_far_slower(request, rows, name):
             continue
-        _run_row(request, scene, rows[name], len(order), len(planned))
+        # A candidate that has not run yet takes as long as the others did, as far as anybody knows.
+        usual_s = statistics.fmean(taken_s.values()) if taken_s else 0.0
+        left_s = sum(taken_s.get(each, usual_s) for each in planned[position:])
+        start = time.monotonic()
+        _run_row(request, scene, rows[name], len(order), len(planned), left_s)
+        taken_s[name] = time.monotonic() - start
         order.append(name)
     return order
 
@@ -262,8 +268,8 @@ def _note_repeats(request: BenchRequest, rows: Mapping[str, _Row]) -> tuple[str,
     )
 
 
-def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int) -> None:
-    """Run a candidate once more, unless it failed before."""
+def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, count: int, left_s: float) -> None:
+    """Run a candidate once more, unless it failed before. `left_s` is about what this and all others still take."""
     if row.candidate.missing:
         row.status, row.message = Status.SKIPPED, row.candidate.missing
     elif request.scope is Scope.UNET and row.candidate.kind is CandidateKind.PEER:
@@ -280,7 +286,7 @@ def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, coun
         "label": label,
         "effort": asdict(request.effort),
     }
-    progress.update(f"{label}: starting", 0.0)
+    progress.announce(f"{label}: starting", left_s)
     before = read_cpu_use()
     try:
         outcome = _launch(row.candidate, arguments, request)

@@ -22,8 +22,6 @@ from sdopt.processes.nursery import own_nursery
 
 # Graphs, tokenizers, the latents and pictures of the verdict.
 _SMALL_FILES_BYTES = 200_000_000
-# Less is not worth a word.
-_LEFT_S = 20.0
 
 
 def convert(plan: BuildPlan, output: Path, *, read_all: bool = False) -> BundleManifest:
@@ -69,10 +67,8 @@ def list_steps(plan: BuildPlan, output: Path, *, read_all: bool = False) -> list
 def _run_stages(build: Build) -> None:
     expected_s = [sum(step.expected_s for step in stage.estimate(build)) for stage in STAGES]
     for number, stage in enumerate(STAGES):
-        left_s = sum(expected_s[number:])
-        if left_s >= _LEFT_S and expected_s[number]:
-            minutes = f"{left_s / 60:.0f} minutes" if left_s >= 90 else f"{left_s:.0f} seconds"
-            progress.update(f"{stage.name}; about {minutes} left, by an estimate", 0.0)
+        if expected_s[number]:
+            progress.announce(stage.name, sum(expected_s[number:]))
         stage.run(build)
 
 

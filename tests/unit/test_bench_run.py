@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdopt import progress
 from sdopt.bench import describe as describe_module
 from sdopt.bench import run as run_module
 from sdopt.bench.case.candidates import Candidate, parse_against
@@ -160,6 +162,18 @@ def test_what_is_far_slower_has_fewer_processes_and_a_note_says_so(
     said = [note for note in report.notes if "2 processes instead of 3" in note]
     assert len(said) == (0 if repeats else 1)
     assert all("torch eager bf16" in note.lower() for note in said)
+
+
+def test_each_process_says_what_is_left_by_those_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    minutes = count(step=60.0)
+    clock = SimpleNamespace(monotonic=lambda: next(minutes), monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr(run_module, "time", clock)
+    said: list[str] = []
+    with progress.shown_by(lambda text, share: said.append(text)):
+        run_fakes(monkeypatch, tmp_path, {}, "eager-fp32", repeats=3)
+    starts = [text for text in said if ": starting" in text]
+    left = [text.partition("about ")[2].partition(" left")[0] for text in starts]
+    assert left == ["", "5 minutes", "4 minutes", "3 minutes", "2 minutes", "60 seconds"]
 
 
 def test_a_whole_run_interleaves_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
