@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdopt.bench.case.stats import Speed, compare_speed, fit_steps, judge_pair, summarize
+from sdopt.bench.case.stats import Speed, _compare_processes, compare_speed, fit_steps, judge_pair, summarize
 
 GROUPS = st.lists(st.lists(st.integers(1, 10**12), min_size=1, max_size=20), min_size=1, max_size=4)
 
@@ -122,6 +124,32 @@ def test_two_of_the_same_are_rarely_told_apart(processes: int) -> None:
 def test_ten_per_cent_are_found_with_three_processes() -> None:
     assert share_told_apart(1.1, 3, 200, {Speed.FASTER}) >= 0.95
     assert share_told_apart(1 / 1.1, 3, 200, {Speed.SLOWER}) >= 0.95
+
+
+def test_welchs_test_agrees_with_a_published_example() -> None:
+    """Six screws of two machines each: t = 1.959, 7.031 degrees of freedom, p = 0.09077 (two-sided).
+
+    https://en.wikipedia.org/wiki/Student%27s_t-test, unequal variances; 2.3631 is Student's t for 95 % and 7.031.
+    """
+    screws = [30.02, 29.99, 30.11, 29.97, 30.01, 29.99], [29.89, 29.93, 29.72, 29.98, 30.02, 29.98]
+    welch = _compare_processes(*([[math.exp(grams)] for grams in each] for each in screws))
+    assert welch is not None
+    assert welch.p_value == pytest.approx(0.09077, abs=1e-5)
+    half = 2.3631 * 0.095 / 1.959
+    assert (math.log(welch.low), math.log(welch.high)) == pytest.approx((0.095 - half, 0.095 + half), abs=1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "p_value"), [(1.0, 1.0), (1.1, 0.0)])
+def test_processes_that_do_not_differ_at_all_need_no_test(ratio: float, p_value: float) -> None:
+    welch = _compare_processes([[ratio * 1e8]] * 3, [[1e8]] * 3)
+    assert welch is not None
+    assert (welch.low, welch.high, welch.p_value) == pytest.approx((ratio, ratio, p_value))
+
+
+def test_one_side_whose_processes_do_not_differ_is_tested() -> None:
+    welch = _compare_processes([[1e8]] * 3, [[1e8], [1.01e8], [1.02e8]])
+    assert welch is not None
+    assert (welch.low, welch.high, welch.p_value) == pytest.approx((0.966075, 1.014787, 0.224894), abs=1e-6)
 
 
 def test_samples_of_two_processes_are_not_taken_for_independent() -> None:

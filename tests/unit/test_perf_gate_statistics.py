@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import false_discovery_control, mannwhitneyu, median_abs_deviation, rankdata
+from scipy.stats import mannwhitneyu, median_abs_deviation, rankdata
 
 from sdopt.errors import ArtifactError
 from sdopt.perf.gate.drift import _LEAST_SIDE, _rank, _score_splits, find_steps, is_first_of_week
@@ -24,11 +24,8 @@ def test_q_values_of_benjamini_and_hochbergs_own_example() -> None:
     assert q[3] == pytest.approx(0.0095 * 15 / 4)
 
 
-def test_q_values_agree_with_scipy_in_any_order() -> None:
-    rng = np.random.default_rng(1)
-    for count in (1, 2, 7, 40):
-        p = rng.uniform(0, 1, count) ** 3
-        np.testing.assert_allclose(adjust_p_values(p.tolist()), false_discovery_control(p), rtol=1e-12)
+def test_q_values_keep_the_order_they_came_in() -> None:
+    assert adjust_p_values([0.04, 0.01, 1.0, 0.02]) == pytest.approx((0.16 / 3, 0.04, 1.0, 0.04))
     assert adjust_p_values([]) == ()
 
 

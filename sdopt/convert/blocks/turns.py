@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from math import comb
 
 from sdopt.bundle.records import SpeedupRecord
 
@@ -39,10 +39,9 @@ def compare_pairs(a_ns: Sequence[int], b_ns: Sequence[int]) -> SpeedupRecord:
 
     The interval is that of the sign test: it assumes nothing of how the ratios are spread. At least 6 pairs.
     """
-    ratios = sorted(a / b for a, b in zip(a_ns, b_ns, strict=True))
-    count = len(ratios)
-    outside, rank, tail = 1 - _CONFIDENCE, 0, 0.0
-    while (tail := tail + 2 * comb(count, rank) / 2**count) <= outside:
-        rank += 1
-    assert rank, f"{count} pairs are too few for an interval"
-    return SpeedupRecord(value=statistics.median(ratios), low=ratios[rank - 1], high=ratios[count - rank])
+    from scipy.stats import quantile_test
+
+    ratios = [a / b for a, b in zip(a_ns, b_ns, strict=True)]
+    interval = quantile_test(ratios, p=0.5).confidence_interval(_CONFIDENCE)
+    assert not math.isnan(interval.low), f"{len(ratios)} pairs are too few for an interval"
+    return SpeedupRecord(value=statistics.median(ratios), low=float(interval.low), high=float(interval.high))
