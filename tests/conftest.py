@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sdopt
+from sdopt.disk.locks import locked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
@@ -45,8 +45,7 @@ def build_once(output: Path, cache: Path, *options: str) -> Path:
     Not to be written to. `cache` is the store that the build fills.
     """
     command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output), "--no-verify", *options]
-    with output.with_name(f"{output.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(output.with_name(f"{output.name}.lock")):
         if not output.exists():
             subprocess.run(
                 command, env={**os.environ, "SDOPT_CACHE": str(cache)}, check=True, capture_output=True,

@@ -15,7 +15,7 @@ from sdopt.convert.plan import BuildPlan, require_backends
 from sdopt.convert.plans.wanted import generations, require_builder
 from sdopt.convert.stages import STAGES, estimate
 from sdopt.disk.files import require_free_disk
-from sdopt.disk.staging import locked, require_ours
+from sdopt.disk.staging import locked_output, require_ours
 from sdopt.disk.store import Store, cache_root
 from sdopt.errors import UsageError
 from sdopt.processes.nursery import own_nursery
@@ -40,7 +40,7 @@ def convert(plan: BuildPlan, output: Path, *, read_all: bool = False) -> BundleM
         require_runtimes(plan)
     if plan.recipe.target.runtime.makes_plans:
         require_builder(plan)
-    with own_nursery(), locked(output, cache):
+    with own_nursery(), locked_output(output, cache):
         known = Store(cache)  # what it finds is not what the build uses again
         if (finished := find_finished(plan, output, known, read_all=read_all)) is not None:
             return finished

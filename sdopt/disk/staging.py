@@ -6,7 +6,6 @@ files are whole, and goes on.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -16,10 +15,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sdopt import progress
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import find_damage
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
+from sdopt.disk.locks import locked
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import MANIFEST_NAME, WEIGHTS_NAME
@@ -125,21 +124,11 @@ def _read_journal(root: Path) -> _Journal:
 
 
 @contextmanager
-def locked(output: Path, cache: Path) -> Iterator[None]:
-    """One build of an output at a time: a second waits, and then finds the work done.
-
-    The lock's file stays: to remove one that another process waits for would give two of them the lock.
-    """
+def locked_output(output: Path, cache: Path) -> Iterator[None]:
+    """One build of an output at a time: a second waits, and then finds the work done."""
     path = cache / "locks" / digest_of(str(output.absolute()))
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress.update(f"waiting for another sdopt that builds {output}", 0.0)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    with disk_errors(path), locked(path, waiting=f"waiting for another sdopt that builds {output}"):
+        yield
 
 
 def drop_unknown(folder: Path, known: set[str]) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sdopt.disk.files import disk_errors, fsync_file, fsync_folder, hash_file
+from sdopt.disk.locks import locked
 
 _ENTRY_NAME = "entry.json"
 
@@ -82,7 +82,7 @@ class Store:
         raised, and leaves nothing behind.
         """
         folder = self._place(stage, key)
-        with disk_errors(folder), self._locked(stage, key):
+        with disk_errors(folder), locked(self._root / "locks" / f"{stage}-{key}"):
             if self.find(stage, key) is None:
                 _add(folder, fill)
         return folder
@@ -101,14 +101,6 @@ class Store:
                     _discard(folder)
                     dropped += 1
         return dropped
-
-    @contextlib.contextmanager
-    def _locked(self, stage: str, key: str) -> Iterator[None]:
-        path = self._root / "locks" / f"{stage}-{key}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def _place(self, stage: str, key: str) -> Path:
         return self._root / stage / key[:2] / key

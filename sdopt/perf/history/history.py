@@ -6,7 +6,6 @@ that cannot be read is reported with its number and passed over; nothing of the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from sdopt.disk.files import disk_errors, fsync_folder
+from sdopt.disk.locks import lock_open_file
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.perf.history.record import SCHEMA_VERSION, RunRecord
 
@@ -63,7 +63,7 @@ class History:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                lock_open_file(descriptor)
                 _append_line(descriptor, line)
             finally:
                 os.close(descriptor)
@@ -76,7 +76,7 @@ class History:
         """
         try:
             with self.path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+                lock_open_file(file.fileno(), shared=True)
                 return gather_lines(parse_lines(file, self.path))
         except FileNotFoundError:
             return HistoryContents()

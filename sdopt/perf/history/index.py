@@ -7,7 +7,6 @@ of this history. Where it cannot be written, it is made in memory.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from sdopt.disk.locks import lock_open_file
 from sdopt.errors import ArtifactError
 from sdopt.perf.history.history import DamagedLine, History, gather_lines, parse_lines
 from sdopt.perf.history.record import Metric, RunRecord, SeriesKey
@@ -52,7 +52,7 @@ def view_indexed(history: History) -> HistoryView:
     """
     try:
         with history.path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            lock_open_file(file.fileno(), shared=True)
             return _view_file(file, history)
     except FileNotFoundError:
         return HistoryView()

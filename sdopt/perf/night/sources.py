@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import sdopt
 from sdopt import progress
 from sdopt.disk.files import disk_errors
+from sdopt.disk.locks import locked
 from sdopt.disk.store import cache_root
 from sdopt.errors import UsageError
 from sdopt.model.suggest import suggest
@@ -42,12 +42,9 @@ def _find_random(family: str) -> Path:
     if family not in _FAMILIES:
         raise UsageError(f"there are no random networks of {family!r}", hint=suggest(family, _FAMILIES))
     folder = cache_root() / "random" / f"{family}-{_SEED}"
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():
-                _make_random(family, folder)
+    with disk_errors(folder), locked(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            _make_random(family, folder)
     return folder
 
 
