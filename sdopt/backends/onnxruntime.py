@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from sdopt.backends.cuda import Gpu, shared_gpu
@@ -20,7 +19,7 @@ from sdopt.backends.protocol import ComponentFiles, axis_sizes
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import TensorSpec, vae_factor
-from sdopt.model.precision import DType
+from sdopt.weights.dtypes import numpy_dtype
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 try:
@@ -29,7 +28,6 @@ except ImportError as error:
     raise MissingDependency.of("onnxruntime", extra="cpu") from error
 
 _CPU, _CUDA = "CPUExecutionProvider", CUDA_PROVIDER
-_NUMPY = {DType.FP32: np.float32, DType.FP16: np.float16, DType.INT64: np.int64}
 
 
 class OnnxRuntimeBackend:
@@ -117,7 +115,7 @@ class CudaSession(OnnxRuntimeSession):
         """As `bind_input` and `bind_output` take it: name, device, element type, shape, address."""
         device = self._gpu.device
         shape = tuple(value.shape)
-        return tensor.name, device.type, device.index or 0, _NUMPY[tensor.dtype], shape, value.data_ptr()
+        return tensor.name, device.type, device.index or 0, numpy_dtype(tensor.dtype), shape, value.data_ptr()
 
     def _shape(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The outputs of a VAE have sides that its inputs have not: the same picture in pixels, or in latents."""

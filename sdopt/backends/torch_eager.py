@@ -15,12 +15,10 @@ from sdopt.backends.protocol import ComponentFiles, DeviceMemory
 from sdopt.backends.torch_attention import prefer_kernel, use_package
 from sdopt.errors import MissingHardware
 from sdopt.model.backend_settings import TorchSettings
-from sdopt.model.precision import Precision
+from sdopt.model.precision import DType, Precision
 from sdopt.networks.modules import build_network, default_dtype
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import TORCH_DTYPES, load_weights
-
-_COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 class TorchBackend:
@@ -37,7 +35,7 @@ class TorchBackend:
         probe = probe_backend(self._settings)
         if not probe.available:
             raise MissingHardware(probe.missing, hint=probe.remedy)
-        dtype = _COMPUTE[_fitting_precision(self._settings.precision, component)]
+        dtype = TORCH_DTYPES[DType(_fitting_precision(self._settings.precision, component))]
         device = torch.device("cuda", torch.cuda.current_device()) if self._settings.device == "cuda" else _HOST
         with default_dtype(dtype), init_empty_weights(include_buffers=False):
             network = build_network(component.name, component.config)

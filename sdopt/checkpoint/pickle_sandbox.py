@@ -21,6 +21,7 @@ from sdopt.errors import CheckpointError, SdoptError, UnsafeInputError
 from sdopt.model.precision import DType
 from sdopt.processes.call import How, call
 from sdopt.processes.channel import JsonTable
+from sdopt.weights.dtypes import DTYPES
 from sdopt.weights.safetensors_header import quantised_error, read_header
 from sdopt.weights.tensor_layout import plan_layout
 
@@ -234,11 +235,8 @@ def _check_size(tensors: dict[str, Any], size_bytes: int, shown: str) -> None:
 
 def _write(torch: Any, tensors: dict[str, Any], file: IO[bytes], shown: str) -> None:
     """Write one tensor after the other: memory holds one, whatever the file's size."""
-    known = {
-        torch.float64: DType.FP64, torch.float32: DType.FP32, torch.float16: DType.FP16,
-        torch.bfloat16: DType.BF16, torch.int64: DType.INT64, torch.int32: DType.INT32,
-        torch.int16: DType.INT16, torch.int8: DType.INT8, torch.uint8: DType.UINT8, torch.bool: DType.BOOL,
-    }  # fmt: skip
+    # FP8 is of somebody else's quantisation.
+    known = {getattr(torch, names.array): dtype for dtype, names in DTYPES.items() if dtype is not DType.FP8}
     odd = next((name for name, t in tensors.items() if t.dtype not in known or t.layout != torch.strided), None)
     if odd is not None and (tensors[odd].is_quantized or tensors[odd].dtype.itemsize == 1):
         raise quantised_error(shown, odd, str(tensors[odd].dtype).removeprefix("torch."))

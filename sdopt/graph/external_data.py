@@ -9,20 +9,11 @@ from pathlib import Path
 import onnx
 
 from sdopt.errors import ArtifactError, UnsafeInputError
+from sdopt.weights.dtypes import BY_ONNX
 
 _GRAPH_LIMIT_BYTES = 2**31 - 1
-
-
-_ITEMSIZE_BITS = {
-    onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16, onnx.TensorProto.INT64: 64,
-    onnx.TensorProto.INT32: 32, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.BOOL: 8,
-    onnx.TensorProto.DOUBLE: 64, onnx.TensorProto.FLOAT8E4M3FN: 8, onnx.TensorProto.INT4: 4,
-}  # fmt: skip
-
-
+_ITEMSIZE_BITS = {number: 8 * dtype.itemsize_bytes for number, dtype in BY_ONNX.items()} | {onnx.TensorProto.INT4: 4}
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
-
-
 # int() also takes underscores, spaces and other scripts' digits, which other readers do not.
 _NUMBER = re.compile(r"[0-9]{1,18}\Z")
 

@@ -15,13 +15,9 @@ import onnx
 
 from sdopt.graph.external_data import check_graph_file
 from sdopt.model.precision import DType
+from sdopt.weights.dtypes import BY_ONNX, DTYPES
 
 _PROJECTIONS = (".to_out.0", ".out_proj")
-_DTYPES = {
-    onnx.TensorProto.FLOAT: DType.FP32,
-    onnx.TensorProto.FLOAT16: DType.FP16,
-    onnx.TensorProto.BFLOAT16: DType.BF16,
-}
 
 
 @dataclass(frozen=True)
@@ -76,19 +72,18 @@ def _find_ends(graph: onnx.GraphProto) -> tuple[_Places, _Places]:
 
 def _find_dtypes(model: onnx.ModelProto) -> dict[str, DType]:
     values = (*model.graph.value_info, *model.graph.output)
-    kinds = ((value.name, value.type.tensor_type.elem_type) for value in values)
-    return {name: _DTYPES[kind] for name, kind in kinds if kind in _DTYPES}
+    dtypes = ((value.name, BY_ONNX.get(value.type.tensor_type.elem_type)) for value in values)
+    return {name: dtype for name, dtype in dtypes if dtype is not None and dtype.is_float}
 
 
 def write_with_outputs(graph: Path, values: Iterable[LayerValue], target: Path) -> None:
     """A copy of `graph` with `values` among its outputs. Its weights must lie beside the copy, too."""
     model = check_graph_file(graph)
     present = {output.name for output in model.graph.output}
-    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
     for value in values:
         if value.value not in present:
             present.add(value.value)
             output = model.graph.output.add()
             output.name = value.value
-            output.type.tensor_type.elem_type = kinds[value.dtype]
+            output.type.tensor_type.elem_type = DTYPES[value.dtype].onnx
     onnx.save_model(model, target)

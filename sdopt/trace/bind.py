@@ -15,13 +15,9 @@ import onnx_ir as ir
 from sdopt.errors import ExportError
 from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.model.precision import DType
+from sdopt.weights.dtypes import DTYPES
 from sdopt.weights.safetensors_header import TensorRef
 from sdopt.weights.tensor_layout import plan_layout
-
-_IR_DTYPES = {
-    DType.FP32: ir.DataType.FLOAT, DType.FP16: ir.DataType.FLOAT16, DType.BF16: ir.DataType.BFLOAT16,
-    DType.INT64: ir.DataType.INT64,
-}  # fmt: skip
 
 
 def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, ...]]], graph_dtype: DType) -> None:
@@ -42,7 +38,7 @@ def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, .
             )
         # base_dir is left empty: nothing is read here, and the graph is kept apart from its weights.
         tensor = ir.ExternalTensor(
-            WEIGHTS_NAME, ref.offset_bytes, ref.nbytes, _IR_DTYPES[ref.dtype], shape=ir.Shape(ref.shape), name=name
+            WEIGHTS_NAME, ref.offset_bytes, ref.nbytes, _ir_dtype(ref.dtype), shape=ir.Shape(ref.shape), name=name
         )
         if ref.dtype.is_float and ref.dtype is not graph_dtype:
             casts.append(_cast_up(graph, value, tensor, graph_dtype))
@@ -72,11 +68,16 @@ def rebind_weights(model: ir.Model, places: Mapping[str, TensorRef]) -> None:
         )
 
 
+def _ir_dtype(dtype: DType) -> ir.DataType:
+    return ir.DataType(DTYPES[dtype].onnx)
+
+
 def _cast_up(graph: ir.Graph, value: ir.Value, tensor: ir.ExternalTensor, graph_dtype: DType) -> ir.Node:
     uses = list(value.uses())
-    node = ir.node("Cast", [value], {"to": _IR_DTYPES[graph_dtype]}, name=f"cast_{value.name}")
+    widened = _ir_dtype(graph_dtype)
+    node = ir.node("Cast", [value], {"to": widened}, name=f"cast_{value.name}")
     output = node.outputs[0]
-    output.name, output.shape, output.dtype = f"{value.name}.{graph_dtype}", tensor.shape, _IR_DTYPES[graph_dtype]
+    output.name, output.shape, output.dtype = f"{value.name}.{graph_dtype}", tensor.shape, widened
     for user, index in uses:
         user.replace_input_with(index, output)
     return node

@@ -17,15 +17,10 @@ from typing import Any
 
 from sdopt.errors import CheckpointError, UnsafeInputError
 from sdopt.model.precision import DType
+from sdopt.weights.dtypes import BY_SAFETENSORS
 
 # The format's own limit; a header of a real checkpoint has some 100 KB.
 _HEADER_LIMIT_BYTES = 100_000_000
-
-_DTYPES = {
-    "F64": DType.FP64, "F32": DType.FP32, "F16": DType.FP16, "BF16": DType.BF16, "I64": DType.INT64, "I32": DType.INT32,
-    "I16": DType.INT16, "I8": DType.INT8, "U8": DType.UINT8, "F8_E4M3": DType.FP8, "BOOL": DType.BOOL,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -117,15 +112,15 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
             pass
         case _:
             raise UnsafeInputError(f"{path}: the entry of tensor {name!r} is malformed")
-    if dtype.startswith(("F8", "F6", "F4")) and dtype not in _DTYPES:
+    if dtype.startswith(("F8", "F6", "F4")) and dtype not in BY_SAFETENSORS:
         raise quantised_error(path, name, dtype)
-    if dtype not in _DTYPES:
+    if dtype not in BY_SAFETENSORS:
         raise CheckpointError(
             f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use"
         )
     if not all(isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0 for axis in shape):
         raise UnsafeInputError(f"{path}: tensor {name!r} has the shape {shape}")
-    ref = TensorRef(path, _DTYPES[dtype], tuple(shape), start + begin)
+    ref = TensorRef(path, BY_SAFETENSORS[dtype], tuple(shape), start + begin)
     if begin < 0 or end - begin != ref.nbytes:
         raise UnsafeInputError(
             f"{path}: tensor {name!r} of shape {shape} should have {ref.nbytes} bytes, not {end - begin}"

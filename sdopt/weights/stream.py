@@ -24,17 +24,11 @@ from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
+from sdopt.weights.dtypes import numpy_dtype
 from sdopt.weights.safetensors_header import TensorRef
 from sdopt.weights.tensor_layout import plan_layout
 
 _CHUNK_BYTES = 16 << 20
-_EXPONENT_MASKS: Mapping[DType, tuple[type[np.unsignedinteger], int]] = {
-    DType.FP16: (np.uint16, 0x7C00),
-    DType.BF16: (np.uint16, 0x7F80),
-    DType.FP32: (np.uint32, 0x7F800000),
-    DType.FP64: (np.uint64, 0x7FF0000000000000),
-}
-_NUMPY = {DType.FP16: np.float16, DType.FP32: np.float32, DType.FP64: np.float64}
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -153,11 +147,12 @@ def _read_exactly(descriptor: int, buffer: Bytes, file: Path) -> None:
 
 
 def _is_finite(data: Bytes, dtype: DType) -> bool:
-    if dtype not in _EXPONENT_MASKS:
+    if not dtype.is_float:
         return True
-    kind, mask = _EXPONENT_MASKS[dtype]
-    bits = data.view(kind)
-    return not bits.size or int(np.bitwise_and(bits, kind(mask)).max()) != mask
+    # The bits of infinity are an exponent of ones alone, which nothing but infinity and NaN has.
+    infinity = np.array(np.inf, numpy_dtype(dtype)).view(f"u{dtype.itemsize_bytes}")
+    bits = data.view(infinity.dtype)
+    return not bits.size or bool(np.bitwise_and(bits, infinity).max() != infinity)
 
 
 def _find_nonfinite(names: list[str], tensors: Mapping[str, TensorRef]) -> CheckpointError:
@@ -196,18 +191,13 @@ def _convert(name: str, ref: TensorRef, dtype: DType) -> Bytes:
     return result
 
 
-def _from_float(values: npt.NDArray[np.floating], dtype: DType) -> Bytes:
+def _from_float(values: npt.NDArray[Any], dtype: DType) -> Bytes:
     """The nearest values of `dtype`, ties to even; infinity for what is too large."""
     with np.errstate(over="ignore"):
-        if dtype is not DType.BF16:
-            return values.astype(_NUMPY[dtype]).view(np.uint8).reshape(-1)
-        bits = values.astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
+        return values.astype(numpy_dtype(dtype)).view(np.uint8).reshape(-1)
 
 
-def _as_float(raw: Bytes, dtype: DType, name: str) -> npt.NDArray[np.floating]:
-    if dtype is DType.BF16:
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if dtype not in _NUMPY:
+def _as_float(raw: Bytes, dtype: DType, name: str) -> npt.NDArray[Any]:
+    if not dtype.is_float:
         raise CheckpointError(f"the tensor {name!r} has the type {dtype}, and a float is needed")
-    return raw.view(_NUMPY[dtype])
+    return raw.view(numpy_dtype(dtype))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.model.precision import DType
-from sdopt.weights.safetensors_header import DTYPE_NAMES, TensorRef
+from sdopt.weights.dtypes import DTYPES
+from sdopt.weights.safetensors_header import TensorRef
 
 _ALIGNMENT_BYTES = 4096
 
@@ -38,7 +39,7 @@ def plan_layout(path: Path, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
     for name in order:
         dtype, shape = tensors[name]
         end = position + math.prod(shape) * dtype.itemsize_bytes
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": DTYPES[dtype].safetensors, "shape": list(shape), "data_offsets": [position, end]}
         offsets[name], position = position, end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-(8 + len(raw)) % _ALIGNMENT_BYTES)

@@ -9,13 +9,10 @@ from torch import Tensor, nn
 
 from sdopt.errors import CheckpointError
 from sdopt.model.precision import DType
+from sdopt.weights.dtypes import DTYPES
 from sdopt.weights.safetensors_header import TensorRef
 
-TORCH_DTYPES = {
-    DType.FP64: torch.float64, DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16,
-    DType.INT64: torch.int64, DType.INT32: torch.int32, DType.INT16: torch.int16, DType.INT8: torch.int8,
-    DType.UINT8: torch.uint8, DType.FP8: torch.float8_e4m3fn, DType.BOOL: torch.bool,
-}  # fmt: skip
+TORCH_DTYPES: dict[DType, torch.dtype] = {dtype: getattr(torch, names.array) for dtype, names in DTYPES.items()}
 
 
 def read_tensor(ref: TensorRef) -> Tensor:

@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdopt.bundle.manifest import read_config
 from sdopt.errors import UsageError
 from sdopt.export.triton.models.drawing import Drawer, Request, Tensors, make_noise
 from sdopt.export.triton.models.schedules import make_schedule
 from sdopt.export.triton.settings import _describe_schedule, make_settings, require_text_to_image, write_tokenizers
-from sdopt.model.component import ComponentName
+from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family, Prediction
+from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.schedulers import make_scheduler
@@ -223,6 +225,15 @@ def test_schedulers_that_triton_has_not_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         describe(tmp_path, SCHEDULE | config, Prediction.EPSILON, name, tiny)
+
+
+def test_networks_that_take_bf16_are_refused(tiny: ReferenceBundle) -> None:
+    record = tiny.manifest.components[ComponentName.UNET]
+    config = read_config(tiny.folder, ComponentName.UNET)
+    spec = describe_component(ComponentName.UNET, config, tiny.manifest.family, DType.BF16)
+    unet = {ComponentName.UNET: record.model_copy(update={"spec": spec})}
+    with pytest.raises(UsageError, match="takes bf16"):
+        require_text_to_image(tiny.manifest.model_copy(update={"components": {**tiny.manifest.components, **unet}}))
 
 
 def test_models_that_begin_with_a_picture_are_refused(tiny: ReferenceBundle) -> None:

@@ -23,6 +23,7 @@ from sdopt.bundle.records import PlanAudit
 from sdopt.errors import AuditError
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
+from sdopt.weights.dtypes import BY_TENSORRT
 
 # A plan holds each weight once, plus layers and kernels; text position tables and the like may be folded away.
 _LEAST_BYTES_SHARE = 0.9
@@ -33,7 +34,6 @@ _LEAST_FOUND_SHARE = 0.4
 # All were there in every plan that was seen.
 _LEAST_QUANTIZED_FOUND_SHARE = 0.75
 _NAMES_SHOWN = 5
-_PRECISIONS = {"HALF": "fp16", "FLOAT": "fp32", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
 _COMPUTE = {
     "CONVOLUTION": "convolution", "DECONVOLUTION": "convolution", "MATRIX_MULTIPLY": "matmul",
     "ATTENTION_INPUT": "attention", "NORMALIZATION": "normalization",
@@ -83,7 +83,7 @@ def audit_network(
             instead[found.name] = found.text
         if kind in _COMPUTE:
             given = layer.get_input(0).dtype.name
-            computes_in = _PRECISIONS.get(given, given.lower())
+            computes_in = BY_TENSORRT.get(given, given.lower())
             counts[f"{_COMPUTE[kind]} {found.text if found else computes_in}"] += 1
             if computes_in != precision:
                 other.append(f"{name} ({computes_in})")

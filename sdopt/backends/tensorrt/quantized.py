@@ -15,7 +15,6 @@ _SCHEMES = {
     ("INT8", "INT8"): Scheme.INT8, ("FP8", "FP8"): Scheme.FP8, ("INT8", ""): Scheme.INT8_WEIGHTS,
     ("INT4", ""): Scheme.INT4_WEIGHTS,
 }  # fmt: skip
-_TYPES = {"INT8": "int8", "FP8": "fp8", "INT4": "int4"}
 _WITH_WEIGHTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
@@ -74,5 +73,5 @@ class QuantizedLayers:
 
 
 def _text(weight_type: str, input_type: str) -> str:
-    parts = [(_TYPES.get(weight_type, weight_type), "weights"), (_TYPES.get(input_type, input_type), "inputs")]
+    parts = [(weight_type.lower(), "weights"), (input_type.lower(), "inputs")]
     return ", ".join(f"{kind} {what}" for kind, what in parts if kind)

@@ -19,9 +19,7 @@ from sdopt.disk.files import resolve_inside
 from sdopt.errors import ArtifactError, ShapeError
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.shape import CHUNK_TOKENS, Extent
-from sdopt.weights.to_torch import TORCH_DTYPES
-
-_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
+from sdopt.weights.dtypes import BY_TENSORRT
 
 
 class OpenPlan:
@@ -162,8 +160,8 @@ def _require_same_tensors(loaded: LoadedEngine, component: ComponentFiles) -> No
     """The plan's inputs and outputs against the manifest's: their memory is bound by the latter."""
     engine = loaded.engine
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    wanted = {tensor.name: TORCH_DTYPES[tensor.dtype] for tensor in (*component.spec.inputs, *component.spec.outputs)}
-    found = {name: _DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
+    wanted = {tensor.name: tensor.dtype for tensor in (*component.spec.inputs, *component.spec.outputs)}
+    found = {name: BY_TENSORRT.get(engine.get_tensor_dtype(name).name) for name in names}
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise ArtifactError(

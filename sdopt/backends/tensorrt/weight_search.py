@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sdopt.model.precision import DType
+from sdopt.weights.dtypes import DTYPES, numpy_dtype
+
 _SAMPLES = 16
 _WINDOW_ELEMENTS = 24
 # Of numbers of one byte or less: as many bytes as tell one weight from another.
@@ -24,10 +27,9 @@ _WINDOW_ELEMENTS_8BIT, _WINDOW_ELEMENTS_4BIT = 32, 48
 # A window with fewer different bytes (zeros, ones of a norm) could be anywhere.
 _LEAST_DISTINCT_BYTES = 12
 _WORD_BYTES = 8
-_NUMPY: dict[int, type[np.generic]] = {
-    onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.BFLOAT16: np.uint16,
-    onnx.TensorProto.INT8: np.uint8, onnx.TensorProto.FLOAT8E4M3FN: np.uint8, onnx.TensorProto.INT4: np.uint8,
-}  # fmt: skip
+_NUMPY = {
+    DTYPES[dtype].onnx: numpy_dtype(dtype) for dtype in (DType.FP32, DType.FP16, DType.BF16, DType.INT8, DType.FP8)
+} | {onnx.TensorProto.INT4: numpy_dtype(DType.UINT8)}
 _WINDOWS = {
     onnx.TensorProto.INT8: _WINDOW_ELEMENTS_8BIT, onnx.TensorProto.FLOAT8E4M3FN: _WINDOW_ELEMENTS_8BIT,
     onnx.TensorProto.INT4: _WINDOW_ELEMENTS_4BIT,
@@ -165,7 +167,5 @@ def _patterns(weight: WeightRange, data: Array) -> Iterator[bytes]:
 
 def _widths(row: bytes, weight: WeightRange) -> Iterator[bytes]:
     yield row
-    if weight.is_widened and weight.data_type == onnx.TensorProto.FLOAT16:
-        yield np.frombuffer(row, np.float16).astype(np.float32).tobytes()
-    if weight.is_widened and weight.data_type == onnx.TensorProto.BFLOAT16:
-        yield (np.frombuffer(row, np.uint16).astype(np.uint32) << 16).tobytes()
+    if weight.is_widened and weight.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
+        yield np.frombuffer(row, _NUMPY[weight.data_type]).astype(np.float32).tobytes()

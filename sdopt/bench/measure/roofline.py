@@ -19,7 +19,7 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.errors import SdoptError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.model.component import ComponentName
-from sdopt.model.precision import Precision
+from sdopt.model.precision import DType, Precision
 from sdopt.processes.call import How, call
 from sdopt.processes.channel import JsonTable
 
@@ -147,9 +147,9 @@ def _make_product(device: str, precision: Precision, side: int) -> Callable[[], 
 
 
 def _dtype(precision: Precision) -> torch.dtype:
-    import torch
+    from sdopt.weights.to_torch import TORCH_DTYPES
 
-    return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[precision]
+    return TORCH_DTYPES[DType(precision)]
 
 
 def _time(run: Callable[[], Any], device: str) -> int:

@@ -17,10 +17,6 @@ from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
-_TYPES = {
-    DType.FP32: "TYPE_FP32", DType.FP16: "TYPE_FP16", DType.BF16: "TYPE_BF16", DType.INT64: "TYPE_INT64",
-    DType.INT32: "TYPE_INT32", DType.UINT8: "TYPE_UINT8", DType.INT8: "TYPE_INT8", DType.BOOL: "TYPE_BOOL",
-}  # fmt: skip
 
 
 class TritonBackend(StrEnum):
@@ -125,10 +121,10 @@ def configure_pipeline(name: str, latents: Sequence[int], height_px: int, width_
 
 
 def _to_triton(tensor: TensorSpec, extents: Mapping[str, Extent]) -> TritonTensor:
-    if tensor.dtype not in _TYPES:
+    if tensor.dtype is DType.FP8:
         raise ArtifactError(f"Triton has no type for {tensor.name}, which is {tensor.dtype}")
     dims = tuple(axis if isinstance(axis, int) else _to_dim(extents[axis]) for axis in tensor.axes)
-    return TritonTensor(tensor.name, _TYPES[tensor.dtype], dims or (1,))
+    return TritonTensor(tensor.name, f"TYPE_{tensor.dtype.upper()}", dims or (1,))
 
 
 def _to_dim(extent: Extent) -> int:

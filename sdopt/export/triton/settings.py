@@ -20,9 +20,9 @@ from sdopt.model.precision import DType
 from sdopt.model.samplers import SchedulerName, parse_scheduler
 from sdopt.model.shape import CHUNK_TOKENS, Extent
 from sdopt.pipeline.schedulers import make_scheduler
+from sdopt.weights.dtypes import DTYPES
 
 _KINDS = {SchedulerName.EULER: "EulerDiscreteScheduler", SchedulerName.DDIM: "DDIMScheduler"}
-_NUMPY_TYPES = {DType.FP32: "float32", DType.FP16: "float16", DType.INT64: "int64", DType.INT32: "int32"}
 # Not in numpy's schedules: each makes other steps of the same class.
 _SPECIAL = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding", "clip_sample")
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
@@ -77,6 +77,11 @@ def require_text_to_image(manifest: BundleManifest) -> None:
             f"{manifest.name} starts from a picture, and the pipeline in Triton draws from prompts alone",
             hint="export the base model",
         )
+    if any(tensor.dtype is DType.BF16 for part in manifest.components.values() for tensor in part.spec.inputs):
+        raise UsageError(
+            f"{manifest.name} takes bf16, and the pipeline in Triton computes with numpy, which does not have it",
+            hint=f"build another: {variant_command('--precision fp16')}",
+        )
     if any(tensor.name == "timestep_cond" for tensor in manifest.components[ComponentName.UNET].spec.inputs):
         raise UsageError(
             f"{manifest.name} is distilled for guidance as an input, which Triton's pipeline does not have",
@@ -99,7 +104,7 @@ def _describe_network(
     return {
         "model": model,
         "rows": [batch.min, batch.max],
-        "inputs": {tensor.name: _NUMPY_TYPES[tensor.dtype] for tensor in spec.inputs},
+        "inputs": {tensor.name: DTYPES[tensor.dtype].array for tensor in spec.inputs},
     }
 
 
