@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdopt.disk import database as database_room
 from sdopt.errors import ArtifactError
 from sdopt.perf.history import index
 from sdopt.perf.history.history import History
@@ -154,7 +155,7 @@ def test_an_index_that_another_process_writes_is_left_alone(history: History, mo
     inode = index_path(history).stat().st_ino
     history.append(make_run(40, VALUES))
     connect = sqlite3.connect
-    monkeypatch.setattr(index.sqlite3, "connect", lambda place, **how: connect(place, timeout=0, **how))
+    monkeypatch.setattr(database_room.sqlite3, "connect", lambda place, **how: connect(place, timeout=0, **how))
     writer = connect(index_path(history), isolation_level=None)
     writer.execute("BEGIN EXCLUSIVE")
     assert view_indexed(history) == view_directly(history)
