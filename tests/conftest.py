@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sdopt
 from sdopt.disk.locks import locked
+from tests.sdopt_process import run_sdopt
+
+# As the command sets it before its libraries are imported: the zygote of a test process then has it as well.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
@@ -19,7 +21,6 @@ TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
 # A test that hangs fails after this, instead of holding CI until its job is ended. Fixtures are not counted: whichever
 # test comes first pays for a bundle that all share, and they limit their own processes.
 TIME_LIMITS_S = {"unit": 300, "contract": 300, "slow": 1800, "gpu": 600}
-BUILD_LIMIT_S = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,13 +45,10 @@ def build_once(output: Path, cache: Path, *options: str) -> Path:
 
     Not to be written to. `cache` is the store that the build fills.
     """
-    command = [sys.executable, "-m", "sdopt", "convert", str(TINY_SHAPES), "-o", str(output), "--no-verify", *options]
     with locked(output.with_name(f"{output.name}.lock")):
         if not output.exists():
-            subprocess.run(
-                command, env={**os.environ, "SDOPT_CACHE": str(cache)}, check=True, capture_output=True,
-                timeout=BUILD_LIMIT_S,
-            )  # fmt: skip
+            done = run_sdopt("convert", str(TINY_SHAPES), "-o", str(output), "--no-verify", *options, cache=cache)
+            assert done.returncode == 0, done.stderr
     return output
 
 

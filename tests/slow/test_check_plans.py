@@ -28,21 +28,16 @@ from sdopt.machine.gpus import find_gpus
 from sdopt.preflight.check import check_bundle
 from sdopt.preflight.runnable import require_sound
 from tests.planted_plans import make_machine
+from tests.sdopt_process import run_sdopt
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not there")
 
 without_gpu = pytest.mark.skipif(bool(find_gpus()), reason="there is a GPU")
-SCRIPT = Path(sys.executable).parent / "sdopt"
 Edit = Callable[[dict[str, Any]], object]
 
 
 def run(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(SCRIPT), *words], env={**os.environ, "SDOPT_CACHE": str(cache)}, capture_output=True, text=True,
-        check=False, timeout=500,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return run_sdopt(*words, cache=cache)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import Verdict
 from sdopt.preflight.check import check_bundle
 from tests.conftest import TINY_SHAPES
+from tests.sdopt_process import run_sdopt
 
 RECIPE = """
 target = "onnxruntime"
@@ -63,7 +64,11 @@ class Cli:
         self.started.append(process)
         return process
 
-    def run(self, *words: str, wrapper: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return run_sdopt(*words, cache=self.cache)
+
+    def run_script(self, *words: str, wrapper: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.CompletedProcess[str]:
+        """By the console script: for what tests the start itself, and for the whole way once."""
         process = self.start(*words, wrapper=wrapper)
         out, err = process.communicate(timeout=500)
         assert "Traceback" not in err, err
@@ -99,7 +104,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, Path]:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "recipe.toml").write_text(RECIPE)
     cli = Cli(folder / "cache", folder / "recipe.toml")
-    done = cli.convert(folder / "out" / "b", "--save-recipe", str(folder / "saved.toml"))
+    done = cli.run_script(*cli.convert_words(folder / "out" / "b", "--save-recipe", str(folder / "saved.toml")))
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     return cli, folder / "out" / "b"
@@ -150,11 +155,11 @@ def test_the_way_from_a_checkpoint_to_a_picture(built: tuple[Cli, Path], tmp_pat
     assert all(part.parity and part.parity.passed for part in manifest.components.values())
     assert "license" in (bundle / "README.md").read_text()
 
-    checked = cli.run("check", str(bundle), "--json")
+    checked = cli.run_script("check", str(bundle), "--json")
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["ok"] is True
 
-    drawn = cli.run(
+    drawn = cli.run_script(
         "generate", str(bundle), "a large red circle on a blue background", "-o", str(tmp_path / "o"), "--steps", "20",
         "--seed", "1", "--json",
     )  # fmt: skip
@@ -166,10 +171,12 @@ def test_the_way_from_a_checkpoint_to_a_picture(built: tuple[Cli, Path], tmp_pat
     assert ((red > 2 * green) & (red > 2 * blue)).sum() > 400, "no large red circle"
     assert ((2 * blue > 3 * red) & (2 * blue > 3 * green)).sum() > 400, "no blue ground"
 
-    inspected = cli.run("inspect", str(bundle), "--json")
+    inspected = cli.run_script("inspect", str(bundle), "--json")
     assert json.loads(inspected.stdout)["kind"] == "bundle"
 
-    measured = cli.run("bench", str(bundle), "--against", "eager-fp32", "--repeats", "1", "--steps", "2", "--json")
+    measured = cli.run_script(
+        "bench", str(bundle), "--against", "eager-fp32", "--repeats", "1", "--steps", "2", "--json"
+    )
     assert measured.returncode == 0, measured.stderr
     assert json.loads(measured.stdout)["schema_version"] == 4
 
@@ -255,7 +262,7 @@ def test_what_sdopt_did_not_make_is_left_alone(kind: str, cli: Cli, tmp_path: Pa
 def test_an_empty_folder_and_the_current_one_are_taken(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     words = cli.convert_words(Path("."), "--no-verify")
-    done = cli.run(*words, wrapper=("env", "-C", str(tmp_path / "here"), str(SCRIPT)))
+    done = cli.run_script(*words, wrapper=("env", "-C", str(tmp_path / "here"), str(SCRIPT)))
     assert done.returncode == 0, done.stderr
     assert require_published(tmp_path / "here").name == "here"
 
@@ -404,7 +411,7 @@ def test_a_full_disk_loses_nothing(cli: Cli, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: both fail in the middle of a write."""
     output = tmp_path / "out" / "b"
     words = cli.convert_words(output, "--no-verify")
-    done = cli.run(*words, wrapper=("bash", "-c", 'ulimit -f 1500; exec "$0" "$@"', str(SCRIPT)))
+    done = cli.run_script(*words, wrapper=("bash", "-c", 'ulimit -f 1500; exec "$0" "$@"', str(SCRIPT)))
     assert done.returncode == 5, done.stderr
     assert "weights.safetensors" in done.stderr
     assert "free some space" in done.stderr

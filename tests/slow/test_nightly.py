@@ -33,7 +33,7 @@ class Nights:
         self.folder, self.clone = folder, folder / "clone"
         quicker = SUITE
         for line, quick in (
-            ("repeats = 5", "repeats = 3"), ("steps = [10]", "steps = [6]"), ("budget_s = 4.0", "budget_s = 1.0")
+            ("repeats = 5", "repeats = 2"), ("steps = [10]", "steps = [6]"), ("budget_s = 4.0", "budget_s = 1.0")
         ):  # fmt: skip
             assert line in SUITE
             quicker = quicker.replace(line, quick)

@@ -26,6 +26,7 @@ from sdopt.errors import AuditError, BackendError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
 from tests.conftest import TINY_SHAPES
+from tests.sdopt_process import run_sdopt
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed", exc_type=ImportError)
 
@@ -46,10 +47,7 @@ def start(cache: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def run(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    process = start(cache, *words)
-    out, err = process.communicate(timeout=500)
-    assert "Traceback" not in err, err
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
+    return run_sdopt(*words, cache=cache)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.preflight.check import check_bundle
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.conftest import TINY_SHAPES
+from tests.sdopt_process import run_sdopt
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -38,11 +37,7 @@ SIZES = {"64x64,96x64": [(64, 64), (96, 64)], "64x64..96x128": [(64, 64), (80, 1
 
 
 def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SDOPT_CACHE": str(cache)}
-    return subprocess.run(
-        [sys.executable, "-m", "sdopt", *arguments], env=environment, capture_output=True, text=True, check=False,
-        timeout=500,
-    )  # fmt: skip
+    return run_sdopt(*arguments, cache=cache)
 
 
 @pytest.fixture(scope="module", params=SIZES)

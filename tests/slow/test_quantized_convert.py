@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +34,7 @@ from sdopt.processes.call import Outcome
 from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import read_header
 from tests.conftest import TINY_SHAPES
+from tests.sdopt_process import run_sdopt
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 torch.set_num_threads(1)
@@ -260,14 +259,12 @@ def test_pictures_that_leave_the_budget_take_blocks_back(
 
 
 def test_a_second_run_measures_nothing_and_says_what_was_kept(whole: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "SDOPT_CACHE": str(whole.parent / "cache")}
     recipe = tmp_path / "recipe.toml"
     settings = write_settings(tmp_path, judge_speed=False)
     recipe.write_text(f'precision = "int8"\nquantization = "{settings}"\ntarget = "openvino"\n', encoding="utf-8")
 
     def run(*words: str) -> str:
-        command = [sys.executable, "-m", "sdopt", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+        done = run_sdopt(*words, cache=whole.parent / "cache")
         assert done.returncode == 0, done.stderr
         return done.stderr
 

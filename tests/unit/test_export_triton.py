@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tole
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent
 from tests.planted_plans import make_plan
+from tests.sdopt_process import run_sdopt
 from tests.unit.test_imports import run_poisoned
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder")
@@ -317,13 +316,13 @@ def test_the_parser_here_is_strict() -> None:
 
 
 def test_the_command_says_what_it_wrote(pristine_bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sdopt", "export", "triton", str(pristine_bundle), "-o", str(tmp_path / "r")]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    words = ["export", "triton", str(pristine_bundle), "-o", str(tmp_path / "r")]
+    done = run_sdopt(*words, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["networks"] == [f"{told['model']}_{name}" for name in NETWORKS]
     assert (tmp_path / "r" / told["model"] / "config.pbtxt").is_file()
-    refused = subprocess.run([*command, "--backend", "tensorrt"], capture_output=True, text=True, check=False)
+    refused = run_sdopt(*words, "--backend", "tensorrt")
     assert refused.returncode == 2
     assert "onnxruntime" in refused.stderr
 
