@@ -70,7 +70,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; what is done is kept, run the same command to go on", file=sys.stderr)
+        print("Interrupted. Finished steps are kept: run the same command again to continue.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if os.environ.get(_TRACE):

@@ -44,7 +44,7 @@ def perf() -> None:
 @perf.command()
 @_SUITE
 @_HISTORY
-@click.option("--manual", is_flag=True, help="A run by hand: recorded, and no night that others are held against.")
+@click.option("--manual", is_flag=True, help="A run by hand: recorded, but not used as a baseline.")
 @click.option("--no-bridge", is_flag=True, help="In a new environment, do not measure the last good commit first.")
 @_JSON
 def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: bool) -> None:
@@ -80,7 +80,7 @@ def run(suite: str, history_file: Path, manual: bool, no_bridge: bool, as_json: 
     "--confirm-minutes", type=click.FloatRange(0), default=20, show_default=True, metavar="MINUTES",
     help="Time for measuring suspects again beside the last good commit; 0 for none.",
 )  # fmt: skip
-@click.option("--accept", metavar="RUN", help="Judge nothing: accept a run that alarmed as the new usual.")
+@click.option("--accept", metavar="RUN", help="Skip the gate and accept an alarmed run as the new baseline.")
 @_JSON
 def gate(folder: Path | None, history_file: Path, confirm_minutes: float, accept: str | None, as_json: bool) -> None:
     """Judge the run in FOLDER, or the newest that waits, and add it to the history.

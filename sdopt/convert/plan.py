@@ -110,7 +110,7 @@ class BuildPlan:
 def resolve_build(
     checkpoint: Checkpoint, recipe: BuildRecipe, chosen: Mapping[ComponentName, PrecisionChoice] = MappingProxyType({})
 ) -> BuildPlan:
-    """Decide sizes, precisions and runtimes; `chosen` stands above the recipe's precision.
+    """Decide sizes, precisions and runtimes; `chosen` overrides the recipe's precision.
 
     Raises `ShapeError` and `RecipeError` for what cannot be had.
     """

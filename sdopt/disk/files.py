@@ -93,7 +93,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MissingHardware(
                 f"the disk is full, or a limit on the size of files is reached, while writing {path}",
-                hint="free some space, then run the same command again: what is done is kept",
+                hint="free some space, then run the same command again: finished steps are kept",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ArtifactError(f"no permission to write {path}", hint="choose another folder with -o") from error

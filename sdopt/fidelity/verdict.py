@@ -15,7 +15,7 @@ checkpoint:
 * Some checkpoints amplify rounding more than others. An engine need not be closer to torch than torch is to
   itself: the limit is never above the noise floor with twice its root-mean-square error (6 dB).
 * Quantised engines have a budget of their own (`PictureBudget`): so many dB less than the 16-bit engines reach.
-* bf16 and fp16 that miss their limit get a second hearing: torch draws the scene in bf16, too, and the
+* bf16 and fp16 that miss their limit are judged a second time: torch draws the scene in bf16 as well, and the
   engines pass where their error is at most 1.4 times torch's (3 dB), unless the pictures have little in
   common (`_LEAST_LIKENESS`).
 
@@ -73,7 +73,7 @@ def judge_with_bf16_reference(
     if record.verdict is Verdict.FAIL and least_precision(manifest) is not Precision.FP32:
         settings = on_device(references.device, _TORCH_BF16)
         output = work / "torch-bf16.safetensors"
-        label = "torch bf16 (second hearing)"
+        label = "torch bf16 (16-bit limits)"
         peer = draw_isolated(folder, manifest, settings, references.scene, output, label=label)
         record = judge_engines(manifest, references, engines, peer)
     return record

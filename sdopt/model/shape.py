@@ -122,7 +122,7 @@ def describe_profiles(profiles: Sequence[ShapeProfile]) -> str:
 
 
 def nearest_profile(profiles: Sequence[Mapping[str, Extent]], sizes: Mapping[str, int]) -> Mapping[str, Extent]:
-    """The profile that comes closest to these sizes of named axes; of equals the first.
+    """The profile nearest to the given axis sizes; ties go to the first.
 
     Distances are of logarithms, so that twice as wide is as far as half as wide. Of two axes, width and height, that
     ranks as the differences of area and of aspect do together.

@@ -34,7 +34,7 @@ def bind_weights(model: ir.Model, layout: Mapping[str, tuple[DType, tuple[int, .
         ref = places.get(name)
         if ref is None or value.shape is None or tuple(value.shape.numpy()) != ref.shape:
             raise ExportError(
-                f"the graph names the weight {name!r} of shape {value.shape}, which the weight file has not"
+                f"the graph needs the weight {name!r} of shape {value.shape}, which is missing from the weight file"
             )
         # base_dir is left empty: nothing is read here, and the graph is kept apart from its weights.
         tensor = ir.ExternalTensor(

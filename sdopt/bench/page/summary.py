@@ -182,7 +182,7 @@ def _describe_device_memory(engines: CandidateRecord) -> str:
 def agrees(report: BenchReport, record: CandidateRecord) -> tuple[bool, ...]:
     """For each picture of a candidate, whether it reaches what the fidelity verdict asks of its precision.
 
-    torch in bf16 or fp16, where the bench measured it, is the second hearing.
+    torch in bf16 or fp16, where the bench measured it, sets the limits of 16-bit candidates.
     """
     peer = report.candidate(Baseline.EAGER_FP16 if record.precision is Precision.FP16 else Baseline.EAGER_BF16)
     limits = find_limits(record.fidelity, record.precision, peer.fidelity if peer else ())

@@ -93,7 +93,7 @@ def choose_groups(groups: Mapping[str, Scheme], measure: Measure, *, error_limit
 
 
 def harm_of(measured: Measurement) -> float:
-    """Error in quadrature for what it buys: time, and memory."""
+    """Cost of keeping a group: squared added error over its gain. Lower is better."""
     speedup = measured.speedup
     faster = 0.0 if speedup is None else max(0.0, 1 - 1 / speedup.value)
     return measured.added_error**2 / (faster + _MEMORY_GAIN)

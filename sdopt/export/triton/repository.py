@@ -115,7 +115,9 @@ def _select_plans(manifest: BundleManifest, part: ComponentName) -> list[PlanRec
             + variant_command("--target tensorrt"),
         )
     if len({plan.version for plan in plans}) > 1:
-        raise UsageError(f"the plans of {part} are of several versions of TensorRT, and a Triton server has one")
+        raise UsageError(
+            f"the plans of {part} were built by different TensorRT versions; a Triton server loads one only"
+        )
     return plans
 
 
