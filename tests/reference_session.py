@@ -28,6 +28,7 @@ from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType, Precision
 from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import Extent, ShapeProfile
+from sdopt.model.task import Task, find_tasks
 from sdopt.networks.modules import build_network
 from sdopt.weights.to_torch import TORCH_DTYPES
 
@@ -132,7 +133,8 @@ def make_bundle(
         if (source / extra).is_dir():
             shutil.copytree(source / extra, folder / extra)
     shutil.copy(source / "model_index.json", folder)
-    manifest = _manifest(folder.name, sessions, family, prediction, inpainting, profiles)
+    tasks = find_tasks(family, 9 if inpainting else 4, 4)
+    manifest = _manifest(folder.name, sessions, family, prediction, tasks, factor, profiles)
     return ReferenceBundle(folder, manifest, sessions)
 
 
@@ -151,7 +153,8 @@ def _manifest(
     sessions: Mapping[ComponentName, ReferenceSession],
     family: Family,
     prediction: Prediction,
-    inpainting: bool,
+    tasks: tuple[Task, ...],
+    pixels_per_latent: int,
     profiles: tuple[ShapeProfile, ...],
 ) -> BundleManifest:
     audit = GraphAudit(opset=23, nodes=1, attention_nodes=0, attention_layers=0)
@@ -160,7 +163,8 @@ def _manifest(
         created_utc="2026-01-01T00:00:00Z",
         family=family,
         prediction=prediction,
-        inpainting=inpainting,
+        tasks=tasks,
+        pixels_per_latent=pixels_per_latent,
         source=SourceRecord(kind="diffusers", location="tiny", digest="ab" * 32),
         recipe=BuildRecipe(),
         profile=ShapeProfile.covering(profiles),

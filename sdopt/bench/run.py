@@ -34,6 +34,7 @@ from sdopt.bench.describe import describe_audits, describe_case, find_build_time
 from sdopt.bench.measure.process_environment import measure_conditions, measure_machine, read_cpu_use
 from sdopt.bench.measure.roofline import find_roof
 from sdopt.bench.measure.steady import Effort
+from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
@@ -152,6 +153,7 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     """
     request = replace(request, folder=open_links(request.folder))
     manifest = read_manifest(request.folder)
+    require_pipeline(request.folder, manifest)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
     before = read_cpu_use()
@@ -188,6 +190,7 @@ def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessReco
     Raises what `run_bench` raises, and `SdoptError` for a candidate that is not there or fails.
     """
     manifest = read_manifest(request.folder)
+    require_pipeline(request.folder, manifest)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
     candidates = list_candidates(request.folder, manifest, request.against, request.peer_python, request.trust_engines)

@@ -1,28 +1,44 @@
-"""Small questions that every reader of a bundle asks: which extents, do the bytes match."""
+"""Small questions that every reader of a bundle asks: does it draw, do the bytes match."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from sdopt.bundle.again import again_command
-from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.manifest import BundleKind, BundleManifest
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.file_records import find_damage
 from sdopt.errors import ArtifactError
-from sdopt.model.component import ComponentName, vae_factor
-from sdopt.model.shape import Extent
+from sdopt.model.component import ComponentName
+from sdopt.model.family import Family
+
+_ALWAYS = frozenset({ComponentName.UNET, ComponentName.VAE_DECODER})
+_REQUIRED = {
+    Family.SD1: _ALWAYS | {ComponentName.TEXT_ENCODER},
+    Family.SD2: _ALWAYS | {ComponentName.TEXT_ENCODER},
+    Family.SDXL: _ALWAYS | {ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2},
+    Family.SDXL_REFINER: _ALWAYS | {ComponentName.TEXT_ENCODER_2},
+}
 
 
-def bundle_extents(folder: Path, manifest: BundleManifest) -> Mapping[str, Extent]:
-    """Sizes of the named axes of every component of a bundle."""
-    return manifest.profile.axis_extents(vae_factor(read_config(folder, ComponentName.VAE_DECODER)))
+def require_pipeline(
+    folder: Path, manifest: BundleManifest, components: Collection[ComponentName] | None = None
+) -> None:
+    """Raise `ArtifactError` for a bundle that does not draw by itself: of another kind, or without a network.
 
-
-def bundle_profiles(folder: Path, manifest: BundleManifest) -> tuple[Mapping[str, Extent], ...]:
-    """The same for each of the bundle's profiles, in their order."""
-    factor = vae_factor(read_config(folder, ComponentName.VAE_DECODER))
-    return tuple(profile.axis_extents(factor) for profile in manifest.profiles)
+    `components` are those that are there, by default all that the manifest names.
+    """
+    if manifest.kind is not BundleKind.PIPELINE:
+        raise ArtifactError(
+            f"{folder} is {manifest.kind.label}, and not a whole pipeline: it does not draw by itself",
+            hint="give the bundle of a whole model",
+        )
+    if missing := _REQUIRED[manifest.family] - set(manifest.components if components is None else components):
+        raise ArtifactError(
+            f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}",
+            hint=f"build it again: {again_command(folder)}",
+        )
 
 
 def require_intact(folder: Path, files: Mapping[str, FileRecord]) -> None:

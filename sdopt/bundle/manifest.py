@@ -8,35 +8,59 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from sdopt.bundle.records import BuildRecord, ComponentRecord, FidelityRecord, SourceRecord
 from sdopt.disk.digest import FileRecord, Record
 from sdopt.disk.files import resolve_inside, write_file
 from sdopt.errors import ArtifactError, ShapeError
 from sdopt.machine.machine_record import EnvironmentRecord
-from sdopt.model.component import ComponentName, Config
+from sdopt.model.component import ComponentName, Config, vae_factor
 from sdopt.model.family import Family, Prediction
-from sdopt.model.file_names import CARD_NAME, MANIFEST_NAME
+from sdopt.model.file_names import CARD_NAME, CONFIG_NAME, MANIFEST_NAME
 from sdopt.model.recipe import BuildRecipe, Dialect
-from sdopt.model.shape import ShapeProfile
+from sdopt.model.shape import Extent, ShapeProfile
+from sdopt.model.task import PIPELINE_CLASSES, Task, find_tasks
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _LIMIT_BYTES = 16 << 20
 
 _CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
+class BundleKind(StrEnum):
+    """What a bundle's engines are. Only a pipeline draws by itself."""
+
+    PIPELINE = "pipeline"
+    CONTROLNET = "controlnet"
+    VAE = "vae"
+    UPSCALER = "upscaler"
+    SAFETY = "safety"
+
+    @property
+    def label(self) -> str:
+        return {
+            BundleKind.PIPELINE: "a whole pipeline", BundleKind.CONTROLNET: "a ControlNet", BundleKind.VAE: "a VAE",
+            BundleKind.UPSCALER: "an upscaler", BundleKind.SAFETY: "a safety checker",
+        }[self]  # fmt: skip
+
+
 class BundleManifest(Record):
-    schema_version: Literal[5] = 5
+    schema_version: Literal[6] = 6
+    kind: BundleKind = BundleKind.PIPELINE
     name: str
     created_utc: str
     family: Family
     prediction: Prediction
-    inpainting: bool
+    tasks: tuple[Task, ...]
+    """What can be drawn with it, what it was made for first. A pipeline has at least one."""
+    pixels_per_latent: int | None = Field(default=None, ge=1)
+    """Pixels along a side for one element of the latents. Null where the kind has nothing to do with a VAE."""
     source: SourceRecord
     recipe: BuildRecipe
     profile: ShapeProfile
@@ -54,6 +78,44 @@ class BundleManifest(Record):
     def engine_files(self) -> dict[str, FileRecord]:
         """The files that engines need: all but the card, which is for people and may be edited."""
         return {name: record for name, record in self.files.items() if name != CARD_NAME}
+
+    @property
+    def own_task(self) -> Task:
+        """What the bundle's own pipeline does. Raises `ArtifactError` for a bundle that draws nothing."""
+        if not self.tasks:
+            raise ArtifactError(f"{self.name} is {self.kind.label}, and draws nothing by itself")
+        return self.tasks[0]
+
+    @property
+    def extents(self) -> Mapping[str, Extent]:
+        """Sizes of the named axes of every component, over all profiles. Raises as `require_pixels_per_latent`."""
+        return self.profile.axis_extents(self.require_pixels_per_latent())
+
+    @property
+    def profile_extents(self) -> tuple[Mapping[str, Extent], ...]:
+        """The same for each of the profiles, in their order."""
+        factor = self.require_pixels_per_latent()
+        return tuple(profile.axis_extents(factor) for profile in self.profiles)
+
+    def require_component(self, name: ComponentName) -> ComponentRecord:
+        """Raises `ArtifactError` where the bundle lacks it."""
+        if name not in self.components:
+            raise ArtifactError(f"{self.name} is not a whole pipeline: it lacks {name}")
+        return self.components[name]
+
+    def require_pixels_per_latent(self) -> int:
+        """Raises `ArtifactError` where the manifest does not say it."""
+        if self.pixels_per_latent is None:
+            raise ArtifactError(f"{self.name} is not a whole pipeline: it does not say how large its latents are")
+        return self.pixels_per_latent
+
+    @model_validator(mode="after")
+    def _draws_what_its_family_knows(self) -> Self:
+        if self.kind is BundleKind.PIPELINE and not self.tasks:
+            raise ValueError("tasks: a pipeline has at least one")
+        if unknown := [task for task in self.tasks if task not in PIPELINE_CLASSES[self.family]]:
+            raise ValueError(f"tasks: {self.family} has no {', '.join(unknown)}")
+        return self
 
     def to_json(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
@@ -74,7 +136,20 @@ def read_manifest(folder: Path) -> BundleManifest:
     manifest = parse_manifest(folder)
     for relative in manifest.files:
         resolve_inside(folder, relative)
+    if manifest.kind is BundleKind.PIPELINE and manifest.pixels_per_latent is None:
+        return manifest.model_copy(update={"pixels_per_latent": _find_pixels_per_latent(folder)})
     return manifest
+
+
+def _find_pixels_per_latent(folder: Path) -> int | None:
+    """By the VAE's config: manifests of before schema 6 do not say it. None where that is missing or damaged, which is
+    for whoever compares the files with the manifest to say.
+    """
+    resolve_inside(folder, f"{ComponentName.VAE_DECODER}/{CONFIG_NAME}")
+    try:
+        return vae_factor(read_config(folder, ComponentName.VAE_DECODER)) or None
+    except (ArtifactError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def parse_manifest(folder: Path) -> BundleManifest:
@@ -96,8 +171,9 @@ def parse_manifest(folder: Path) -> BundleManifest:
         )
     if version == 1:
         values = _migrate_1(values)
-    if version in (1, 2, 3, 4):
-        values = {**values, "schema_version": SCHEMA_VERSION}  # 3 added quantisation, 4 the build's time, 5 `ema`
+    if version in (1, 2, 3, 4, 5):
+        # 3 added quantisation, 4 the build's time, 5 `ema`, 6 the kind, the tasks and the size of the latents
+        values = {**_migrate_5(values), "schema_version": SCHEMA_VERSION}
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -133,14 +209,25 @@ def _migrate_1(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "profiles": profiles}
 
 
+def _migrate_5(values: dict[str, Any]) -> dict[str, Any]:
+    """Until schema 5 every bundle was a pipeline, and `inpainting` and the family stood for its tasks."""
+    kept = {key: value for key, value in values.items() if key != "inpainting"}
+    inpainting, family = values.get("inpainting"), values.get("family")
+    if not isinstance(inpainting, bool) or family not in list(Family):
+        return kept  # what is missing is named where the manifest is validated
+    return {**kept, "tasks": find_tasks(Family(family), 9 if inpainting else 4, 4)}
+
+
 def write_manifest(folder: Path, manifest: BundleManifest) -> None:
     write_file(folder / MANIFEST_NAME, manifest.to_json())
 
 
 def read_config(folder: Path, component: ComponentName) -> Config:
     """The diffusers or transformers config of a component of a bundle."""
-    path = folder / component / "config.json"
+    path = folder / component / CONFIG_NAME
     try:
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise ArtifactError(f"{path} is larger than any config")
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {path}: {error}", hint="sdopt check names every damaged file") from error

@@ -20,6 +20,7 @@ from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
 from sdopt.model.family import Family, Prediction, parse_prediction
 from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.model.task import Task, find_tasks
 from sdopt.weights.safetensors_header import TensorRef
 
 _AGAIN = "download the whole model again"
@@ -67,7 +68,7 @@ def open_folder(folder: Path, source: SourceRecord, choice: Choice) -> Checkpoin
         source=source.model_copy(update={"licence": source.licence or read_licence(folder)}),
         family=family,
         prediction=prediction,
-        inpainting=ComponentName.VAE_DECODER in components and is_inpainting(components, str(folder)),
+        tasks=read_tasks(components, family, str(folder)) if ComponentName.VAE_DECODER in components else (),
         components={name: components[name] for name in ComponentName if name in components},
         scheduler=scheduler,
         tokenizers=_find_tokenizers(folder, text),
@@ -200,15 +201,14 @@ def find_family(unet: Config, text: Mapping[ComponentName, ComponentSource], whe
             raise CheckpointError(f"{where}: the UNet has addition_embed_type={other!r}, as no known family has")
 
 
-def is_inpainting(components: Mapping[ComponentName, ComponentSource], where: str) -> bool:
-    """Whether the UNet takes latents, a mask and masked latents. Raises `CheckpointError` for any other extra
-    input."""
+def read_tasks(components: Mapping[ComponentName, ComponentSource], family: Family, where: str) -> tuple[Task, ...]:
+    """What the model can be asked for, by the channels that its UNet takes. Raises `CheckpointError` for a number of
+    them that no task of sdopt's has.
+    """
     channels = int(components[ComponentName.UNET].config["in_channels"])
     latent = int(components[ComponentName.VAE_DECODER].config["latent_channels"])
-    if channels == latent:
-        return False
-    if channels == 2 * latent + 1:
-        return True
+    if tasks := find_tasks(family, channels, latent):
+        return tasks
     kinds = {
         2 * latent: "an InstructPix2Pix model",
         latent + 1: "a depth-to-image model",

@@ -10,7 +10,7 @@ from typing import Any
 from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, Choice, ComponentSource
 from sdopt.checkpoint.detect import advise, name_kind
-from sdopt.checkpoint.folder import is_inpainting, open_vae_folder, split_vae
+from sdopt.checkpoint.folder import open_vae_folder, read_tasks, split_vae
 from sdopt.checkpoint.hub import fetch_vae, is_hub_id
 from sdopt.checkpoint.ignored import drop_unused_of_clip, list_ignored, unwrap
 from sdopt.checkpoint.infer import SCALING, infer_family, infer_text_encoder, infer_unet, infer_vae, sample_size
@@ -94,7 +94,7 @@ def open_single_file(path: Path, source: SourceRecord, choice: Choice) -> Checkp
         source=source.model_copy(update={"licence": file.metadata.get("modelspec.license", "")}),
         family=family,
         prediction=prediction,
-        inpainting=is_inpainting(components, where),
+        tasks=read_tasks(components, family, where),
         components={name: components[name] for name in ComponentName if name in components},
         scheduler=make_scheduler(family, prediction, zero_snr=has_zero_snr(tensors, file.metadata)),
         tokenizers=_write_tokenizers(components, family, where),

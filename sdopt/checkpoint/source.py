@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, Choice
-from sdopt.checkpoint.folder import is_inpainting, open_folder
+from sdopt.checkpoint.folder import open_folder, read_tasks
 from sdopt.checkpoint.hub import fetch_snapshot, is_hub_id
 from sdopt.checkpoint.infer import SCALING
 from sdopt.checkpoint.other_things import refuse_url
@@ -52,4 +52,5 @@ def _adapt(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
     components = {**checkpoint.components, **open_vae(choice.vae, checkpoint.family, offline=choice.offline)}
     check_vae_fits(components, scaling, pixels_per_latent, choice.vae)
     ordered = {name: components[name] for name in ComponentName if name in components}
-    return dataclasses.replace(checkpoint, components=ordered, inpainting=is_inpainting(ordered, choice.vae))
+    tasks = read_tasks(ordered, checkpoint.family, choice.vae)
+    return dataclasses.replace(checkpoint, components=ordered, tasks=tasks)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from sdopt.bundle.manifest import BundleKind
 from sdopt.bundle.records import ComponentRecord, QuantizationRecord
 from sdopt.cli.text import neutralise
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.shape import ShapeProfile, describe_profiles
+from sdopt.model.task import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +37,7 @@ def print_page(console: Console, source: str, table: Mapping[str, Any]) -> None:
 
 def _show_checkpoint(console: Console, source: str, table: Mapping[str, Any]) -> None:
     family = Family(table["family"])
-    kind = "inpainting checkpoint" if table["inpainting"] else "checkpoint"
+    kind = "inpainting checkpoint" if Task.INPAINT in table["tasks"][:1] else "checkpoint"
     _print_title(console, source, f"{_article(family.label)} {family.label} {kind}")
     origin, facts = table["source"], []
     facts.append(("source", _SOURCES[origin["kind"]] + (f", revision {origin['revision']}" * bool(origin["revision"]))))
@@ -71,10 +73,12 @@ def _show_checkpoint(console: Console, source: str, table: Mapping[str, Any]) ->
 
 def _show_bundle(console: Console, source: str, table: Mapping[str, Any]) -> None:
     family = Family(table["family"])
-    kind = "inpainting engines" if table["inpainting"] else "engines"
-    _print_title(console, source, f"a bundle of {family.label} {kind}")
-    origin = table["source"]
+    engines = "inpainting engines" if Task.INPAINT in table["tasks"][:1] else "engines"
+    _print_title(console, source, f"a bundle of {family.label} {engines}")
+    kind, origin = BundleKind(table["bundle_kind"]), table["source"]
     _print_facts(console, [
+        ("holds", kind.label),
+        ("draws", ", ".join(Task(task).label for task in table["tasks"]) or "nothing by itself"),
         ("made from", f"{origin['location']}, {_SOURCES[origin['kind']]}"),
         ("licence", origin["licence"] or "not stated"),
         ("made", table["created_utc"]),
@@ -106,11 +110,11 @@ def _show_bundle(console: Console, source: str, table: Mapping[str, Any]) -> Non
         _print_facts(console, details)
     _show_blocks(console, table)
     folder = shlex.quote(source)
-    _print_next(console, [
-        (f"sdopt check {folder}", "see whether it is whole and runs here"),
-        (f'sdopt generate {folder} "a prompt" -o pictures', "draw with it"),
-        (f"sdopt bench {folder} --report report", "compare it with PyTorch"),
-    ])  # fmt: skip
+    commands = [(f"sdopt check {folder}", "see whether it is whole and runs here")]
+    if kind is BundleKind.PIPELINE:
+        commands.append((f'sdopt generate {folder} "a prompt" -o pictures', "draw with it"))
+        commands.append((f"sdopt bench {folder} --report report", "compare it with PyTorch"))
+    _print_next(console, commands)
 
 
 def _show_blocks(console: Console, table: Mapping[str, Any]) -> None:

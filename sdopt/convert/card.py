@@ -17,9 +17,9 @@ from sdopt.convert.plan import BuildPlan
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName, has_projection
-from sdopt.model.family import Family
 from sdopt.model.file_names import GRAPH_NAME
 from sdopt.model.shape import describe_profiles
+from sdopt.model.task import PIPELINE_CLASSES, Task
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
@@ -50,7 +50,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
     components = checkpoint.components
-    index: dict[str, Any] = {"_class_name": pipeline_class_name(checkpoint.family, checkpoint.inpainting)}
+    index: dict[str, Any] = {"_class_name": PIPELINE_CLASSES[checkpoint.family][checkpoint.tasks[0]]}
     for name in (ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2):
         if name in components:
             projected = has_projection(components[name].config)
@@ -65,17 +65,6 @@ def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.family.is_xl:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return {**index, **checkpoint.pipeline_options}
-
-
-def pipeline_class_name(family: Family, inpainting: bool) -> str:
-    """diffusers' pipeline class for a family."""
-    match family:
-        case Family.SDXL_REFINER:
-            return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLImg2ImgPipeline"
-        case Family.SDXL:
-            return "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
-        case Family.SD1 | Family.SD2:
-            return "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
 
 
 def make_card(manifest: BundleManifest) -> str:
@@ -94,7 +83,7 @@ def make_card(manifest: BundleManifest) -> str:
         f"# {manifest.name}",
         "",
         f"A bundle of engines that sdopt {__version__} made from `{origin}` "
-        f"({manifest.family}, {manifest.prediction}{', inpainting' if manifest.inpainting else ''}).",
+        f"({manifest.family}, {manifest.prediction}{', inpainting' if manifest.own_task is Task.INPAINT else ''}).",
         "",
         f"- size: {describe_profiles(manifest.profiles)}",
         *(

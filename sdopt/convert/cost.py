@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from sdopt.convert.plan import BuildPlan, ComponentPlan
-from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.component import ComponentName
 from sdopt.model.shape import CHUNK_TOKENS
 
 # Rough rates of two cores, to tell seconds from minutes; benchmarks/export_budget.py measures real builds.
@@ -98,7 +98,7 @@ def _positions(plan: BuildPlan, part: ComponentPlan, name: ComponentName, tensor
         outer = "conv_in" if name is not ComponentName.VAE_DECODER else "conv_out"
         level = 0 if (name is ComponentName.UNET and "mid_block" not in tensor) or outer in tensor else levels - 1
     if name is ComponentName.UNET:
-        pixels //= vae_factor(plan.components[ComponentName.VAE_DECODER].config) ** 2
+        pixels //= plan.checkpoint.pixels_per_latent**2
     return max(1, pixels >> (2 * max(0, level)))
 
 

@@ -47,7 +47,7 @@ def _with_absolute_paths(recipe: BuildRecipe) -> BuildRecipe:
 
 
 def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:
-    unet = checkpoint.components[ComponentName.UNET]
+    unet = checkpoint.unet
     progress.update("finding out what the UNet predicts", 0.0)
     tensors = _TENSORS.dump_python(dict(unet.tensors), mode="json")
     outcome = call(probe_in_child, {"config": dict(unet.config), "tensors": tensors})

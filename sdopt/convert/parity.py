@@ -19,7 +19,7 @@ from sdopt.disk.shelf import Shelf
 from sdopt.disk.store import Store
 from sdopt.errors import MissingDependency, ParityError
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings
-from sdopt.model.component import ComponentName, ComponentSpec, unet_factor, vae_factor
+from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
@@ -83,9 +83,8 @@ def list_points(plan: BuildPlan, name: ComponentName) -> list[dict[str, Extent]]
     A graph with symbolic axes may be right at the sizes that it was traced at and wrong at others, so a range is
     entered a second time, away from its usual size and not square.
     """
-    vae = plan.components[ComponentName.VAE_DECODER].config
-    multiple_px = vae_factor(vae) * unet_factor(plan.components[ComponentName.UNET].config)
-    sizes = list(dict.fromkeys(size for profile in plan.profiles for size in _sizes_in(profile, multiple_px)))
+    model = plan.checkpoint
+    sizes = list(dict.fromkeys(size for profile in plan.profiles for size in _sizes_in(profile, model.multiple_px)))
     chunks = plan.profile.chunk_counts
     points: dict[tuple[Extent, ...], dict[str, Extent]] = {}
     for place in range(max(len(sizes), len(chunks))):
@@ -93,7 +92,7 @@ def list_points(plan: BuildPlan, name: ComponentName) -> list[dict[str, Extent]]
         tokens = CHUNK_TOKENS * (chunks[place] if place < len(chunks) else chunks[0])
         batch = plan.profile.batch.opt
         profile = ShapeProfile.static(width_px=width_px, height_px=height_px, batch=batch, tokens=tokens)
-        extents = profile.axis_extents(vae_factor(vae))
+        extents = profile.axis_extents(model.pixels_per_latent)
         points.setdefault(tuple(extents[axis] for axis in plan.components[name].spec.named_axes), extents)
     return list(points.values())
 

@@ -29,10 +29,7 @@ from sdopt.model.component import (
     Config,
     describe_component,
     native_size_px,
-    unet_factor,
-    vae_factor,
 )
-from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import QuantizationSettings, Scheme, parse_quantization
 from sdopt.model.recipe import BuildRecipe, Dialect
@@ -114,13 +111,11 @@ def resolve_build(
 
     Raises `ShapeError` and `RecipeError` for what cannot be had.
     """
-    vae = checkpoint.components[ComponentName.VAE_DECODER].config
-    unet = checkpoint.components[ComponentName.UNET].config
-    profiles = _resolve_profiles(recipe, unet, vae, checkpoint.family)
+    profiles = _resolve_profiles(recipe, checkpoint)
     for each in profiles:
-        each.check_against(vae_factor(vae) * unet_factor(unet))
+        each.check_against(checkpoint.multiple_px)
     profile = ShapeProfile.covering(profiles)
-    extents = profile.axis_extents(vae_factor(vae))
+    extents = profile.axis_extents(checkpoint.pixels_per_latent)
     names = [name for name in ComponentName if name in checkpoint.components]
     dynamic = recipe.dynamic or not profile.is_static
     components = {
@@ -146,8 +141,8 @@ def _read_quantization(recipe: BuildRecipe) -> QuantizationSettings | None:
     return settings
 
 
-def _resolve_profiles(recipe: BuildRecipe, unet: Config, vae: Config, family: Family) -> tuple[ShapeProfile, ...]:
-    width_px, height_px = native_size_px(unet, vae, family)
+def _resolve_profiles(recipe: BuildRecipe, checkpoint: Checkpoint) -> tuple[ShapeProfile, ...]:
+    width_px, height_px = native_size_px(checkpoint.unet.config, checkpoint.pixels_per_latent, checkpoint.family)
     sizes = parse_sizes(recipe.size or f"{width_px}x{height_px}", (width_px, height_px))
     tokens = Extent(CHUNK_TOKENS, CHUNK_TOKENS, recipe.tokens)
     if not recipe.dynamic:

@@ -11,27 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt._version import __version__
-from sdopt.bundle.again import again_command
+from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import disk_errors, require_free_disk, resolve_inside, write_file
 from sdopt.disk.staging import require_place, swap_in
 from sdopt.errors import ArtifactError
-from sdopt.model.component import ComponentName
 from sdopt.preflight.runnable import require_sound
 
 MARKER_NAME = "sdopt-export.json"
-_REQUIRED = {ComponentName.UNET, ComponentName.VAE_DECODER}
 
 
 def open_bundle(folder: Path) -> BundleManifest:
     """The manifest of a bundle that is sound and can draw. Raises `ArtifactError` or `UnsafeInputError`."""
     manifest = read_manifest(folder)
+    require_pipeline(folder, manifest)
     require_sound(folder, manifest)
-    if missing := _REQUIRED - manifest.components.keys():
-        raise ArtifactError(
-            f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}", hint=again_command(folder)
-        )
     return manifest
 
 

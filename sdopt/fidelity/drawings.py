@@ -20,7 +20,7 @@ from sdopt.bundle.manifest import BundleManifest
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.scene import Scene
 from sdopt.model.backend_settings import BackendSettings, TorchSettings
-from sdopt.model.family import Family
+from sdopt.model.task import Task
 from sdopt.processes.call import call
 
 if TYPE_CHECKING:
@@ -186,10 +186,10 @@ def build_call(
     }
     if "image" in inputs:
         call["image"] = [Image.fromarray(inputs["image"].numpy())] * len(indices)
-    if manifest.inpainting:
+    if manifest.own_task is Task.INPAINT:
         # SDXL's default strength of 0.9999 would drop a step.
         call |= {"mask_image": [Image.fromarray(inputs["mask"].numpy())] * len(indices), "strength": 1.0}
-    if manifest.family is Family.SDXL_REFINER and not manifest.inpainting:
+    if manifest.own_task is Task.IMAGE_TO_IMAGE:
         # Its pipeline takes given latents as already noised; the seeded generators give every candidate one
         # noise.
         return call | {"strength": _STRENGTH, "num_inference_steps": round(scene.steps / _STRENGTH)}

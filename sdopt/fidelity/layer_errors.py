@@ -79,7 +79,7 @@ def compare_layers(
 
     Raises what the backends raise.
     """
-    record = manifest.components[name]
+    record = manifest.require_component(name)
     runtime = choose_layer_runtime(record)
     place = work / f"layers-{name}"
     place.mkdir()

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.fidelity.metrics import Picture
-from sdopt.model.component import ComponentName, vae_factor
-from sdopt.model.family import Family
+from sdopt.model.component import ComponentName
+from sdopt.model.task import Task
 from sdopt.processes.call import call
 
 DEFAULT_PROMPTS = ("a large red circle on a blue background", "a small yellow star on a purple background")
@@ -36,11 +36,6 @@ class Scene(BaseModel):
 
     def seed_of(self, index: int) -> int:
         return self.seed + index
-
-
-def starts_from_image(manifest: BundleManifest) -> bool:
-    """Whether the bundle's own pipeline refines or repaints a picture that it is given."""
-    return manifest.inpainting or manifest.family is Family.SDXL_REFINER
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,13 @@ def write_scene_in_child(job: SceneJob) -> None:
     manifest, scene = job.manifest, job.scene
     config = read_config(job.folder, ComponentName.VAE_DECODER)
     height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
-    factor = vae_factor(config)
+    factor = manifest.require_pixels_per_latent()
     shape = (1, int(config["latent_channels"]), height_px // factor, width_px // factor)
     noise = [
         torch.randn(shape, generator=torch.Generator().manual_seed(scene.seed_of(i))) for i in range(len(scene.prompts))
     ]
     tensors = {"latents": torch.cat(noise)}
-    if starts_from_image(manifest):
+    if manifest.own_task is not Task.TEXT_TO_IMAGE:
         tensors["image"] = torch.from_numpy(paint_image(height_px, width_px, scene.seed))
         tensors["mask"] = torch.from_numpy(_paint_mask(height_px, width_px))
     save_file(tensors, scene.inputs)

@@ -13,16 +13,19 @@ from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
 from sdopt.graph.external_data import check_graph_file
-from sdopt.model.component import ComponentName, native_size_px, unet_factor, vae_factor
+from sdopt.model.component import ComponentName, native_size_px
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
 
 def inspect_source(source: str) -> dict[str, Any]:
-    """`kind` is bundle, onnx, plan or checkpoint; the rest depends on it. Raises `CheckpointError` for other things."""
+    """`kind` is bundle, onnx, plan or checkpoint; the rest depends on it: a bundle's manifest, whose own kind is under
+    `bundle_kind`. Raises `CheckpointError` for other things.
+    """
     path = Path(source).expanduser()
     if (path / MANIFEST_NAME).is_file():
-        return {"kind": "bundle", **read_manifest(open_links(path)).model_dump(mode="json")}
+        table = read_manifest(open_links(path)).model_dump(mode="json")
+        return {**table, "kind": "bundle", "bundle_kind": table["kind"]}
     if path.suffix == ".onnx" and path.is_file():
         return _inspect_graph(path)
     if path.suffix in (".plan", ".engine", ".trt") and path.is_file():
@@ -75,23 +78,22 @@ def _inspect_checkpoint(source: str) -> dict[str, Any]:
             "bytes": sum(ref.nbytes for ref in tensors.values()),
         }
 
-    unet = checkpoint.components[ComponentName.UNET].config
-    decoder = checkpoint.components.get(ComponentName.VAE_DECODER)
     sizes: dict[str, Any] = {}
-    if decoder is not None:
-        width_px, height_px = native_size_px(unet, decoder.config, checkpoint.family)
+    if ComponentName.VAE_DECODER in checkpoint.components:
+        factor = checkpoint.pixels_per_latent
+        width_px, height_px = native_size_px(checkpoint.unet.config, factor, checkpoint.family)
         sizes = {
             "width_px": width_px,
             "height_px": height_px,
-            "multiple_px": vae_factor(decoder.config) * unet_factor(unet),
-            "pixels_per_latent": vae_factor(decoder.config),
-            "latent_channels": decoder.config["latent_channels"],
+            "multiple_px": checkpoint.multiple_px,
+            "pixels_per_latent": factor,
+            "latent_channels": checkpoint.vae_decoder.config["latent_channels"],
         }
     return {
         "kind": "checkpoint",
         "family": checkpoint.family,
         "prediction": checkpoint.prediction,
-        "inpainting": checkpoint.inpainting,
+        "tasks": list(checkpoint.tasks),
         "source": checkpoint.source.model_dump(mode="json"),
         "scheduler": checkpoint.scheduler.get("_class_name"),
         **sizes,

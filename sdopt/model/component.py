@@ -169,12 +169,12 @@ def vae_factor(config: Config) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def native_size_px(unet: Config, vae: Config, family: Family) -> tuple[int, int]:
-    """Width and height of the pictures that a model was trained on, by its configs or else by its family."""
+def native_size_px(unet: Config, pixels_per_latent: int, family: Family) -> tuple[int, int]:
+    """Width and height of the pictures that a model was trained on, by its UNet's config or else by its family."""
     side = unet.get("sample_size")
     sides = side if isinstance(side, list | tuple) else (side, side)
     # A UNet's config counts in latent elements; old ones leave it out.
-    height_px, width_px = (int(s) * vae_factor(vae) if s else family.native_size_px for s in sides)
+    height_px, width_px = (int(s) * pixels_per_latent if s else family.native_size_px for s in sides)
     return width_px, height_px
 
 

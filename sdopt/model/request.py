@@ -24,6 +24,7 @@ from pydantic import (
 
 from sdopt.errors import UsageError
 from sdopt.model.samplers import SchedulerName, parse_scheduler
+from sdopt.model.task import Task
 
 SEED_LIMIT = 2**63
 STEPS_LIMIT = 1000
@@ -67,7 +68,7 @@ class _Request(BaseModel):
 class TextToImage(_Request):
     """A picture from a prompt alone. `width_px` and `height_px` None are the bundle's size."""
 
-    task: Literal["text_to_image"] = "text_to_image"
+    task: Literal[Task.TEXT_TO_IMAGE] = Task.TEXT_TO_IMAGE
     width_px: _Side | None = None
     height_px: _Side | None = None
 
@@ -78,7 +79,7 @@ class ImageToImage(_Request):
     `strength` is the share of the steps that are done: 0 gives the picture back, 1 leaves nothing of it.
     """
 
-    task: Literal["image_to_image"] = "image_to_image"
+    task: Literal[Task.IMAGE_TO_IMAGE] = Task.IMAGE_TO_IMAGE
     image: Path
     strength: float = Field(default=0.75, gt=0.0, le=1.0, allow_inf_nan=False)
 
@@ -86,7 +87,7 @@ class ImageToImage(_Request):
 class Inpaint(_Request):
     """A picture in which what is white in `mask`, a picture of the same size, is drawn anew."""
 
-    task: Literal["inpaint"] = "inpaint"
+    task: Literal[Task.INPAINT] = Task.INPAINT
     image: Path
     mask: Path
     strength: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
@@ -94,20 +95,20 @@ class Inpaint(_Request):
 
 def _find_task(value: object) -> str:
     if isinstance(value, Mapping):
-        return str(value.get("task", "text_to_image"))
+        return str(value.get("task", Task.TEXT_TO_IMAGE))
     return str(getattr(value, "task", ""))
 
 
 DrawRequest = Annotated[
-    Annotated[TextToImage, Tag("text_to_image")]
-    | Annotated[ImageToImage, Tag("image_to_image")]
-    | Annotated[Inpaint, Tag("inpaint")],
+    Annotated[TextToImage, Tag(Task.TEXT_TO_IMAGE)]
+    | Annotated[ImageToImage, Tag(Task.IMAGE_TO_IMAGE)]
+    | Annotated[Inpaint, Tag(Task.INPAINT)],
     Discriminator(_find_task),
 ]
 TASKS: Mapping[str, type[_Request]] = {
-    "text_to_image": TextToImage,
-    "image_to_image": ImageToImage,
-    "inpaint": Inpaint,
+    Task.TEXT_TO_IMAGE: TextToImage,
+    Task.IMAGE_TO_IMAGE: ImageToImage,
+    Task.INPAINT: Inpaint,
 }
 _REQUESTS: TypeAdapter[DrawRequest] = TypeAdapter(DrawRequest)
 

@@ -14,13 +14,14 @@ from typing import Any
 import diffusers
 
 from sdopt.backends.protocol import Session
-from sdopt.bundle.damage import require_intact
+from sdopt.bundle.damage import require_intact, require_pipeline
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
-from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.model.samplers import SchedulerName
+from sdopt.model.task import PIPELINE_CLASSES, Task
 from sdopt.pipeline.guarded_call import guarded
 from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
 from sdopt.pipeline.modules.engine_unet import EngineUNet
@@ -31,29 +32,17 @@ from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import read_tensor
 
-_REQUIRED = {
-    Family.SD1: {ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER},
-    Family.SD2: {ComponentName.TEXT_ENCODER, ComponentName.UNET, ComponentName.VAE_DECODER},
-    Family.SDXL: {
-        ComponentName.TEXT_ENCODER,
-        ComponentName.TEXT_ENCODER_2,
-        ComponentName.UNET,
-        ComponentName.VAE_DECODER,
-    },
-    Family.SDXL_REFINER: {ComponentName.TEXT_ENCODER_2, ComponentName.UNET, ComponentName.VAE_DECODER},
-}
-
-
 _SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 
 
 def read_scheduler(folder: Path, name: SchedulerName | None) -> diffusers.SchedulerMixin:
     """The scheduler that a bundle draws with, without opening it; None is the checkpoint's own.
 
-    Raises `ArtifactError` for a folder that is not a valid bundle or whose scheduler was changed, `UsageError` where
-    the scheduler does not fit.
+    Raises `ArtifactError` for a folder that is not a bundle of a whole pipeline or whose scheduler was changed,
+    `UsageError` where the scheduler does not fit.
     """
     manifest = read_manifest(folder)
+    require_pipeline(folder, manifest)
     name_in_bundle = _SCHEDULER_CONFIG.as_posix()
     require_intact(folder, {file: record for file, record in manifest.files.items() if file == name_in_bundle})
     config = _read_table(folder / _SCHEDULER_CONFIG)
@@ -73,11 +62,7 @@ def assemble_pipeline(
     Raises `ArtifactError` where a component or a file is missing or damaged, `UsageError` for a scheduler
     that does not fit the checkpoint.
     """
-    if missing := _REQUIRED[manifest.family] - sessions.keys():
-        raise ArtifactError(
-            f"{folder} is not a whole pipeline: it lacks {', '.join(sorted(missing))}",
-            hint="build the bundle again",
-        )
+    require_pipeline(folder, manifest, sessions)
     bundle = OpenedBundle(folder, manifest, _read_table(folder / _SCHEDULER_CONFIG))
     vae = EngineVAE(
         sessions[ComponentName.VAE_DECODER],
@@ -100,7 +85,7 @@ def assemble_pipeline(
 
 
 def _make_unet(folder: Path, bundle: OpenedBundle, session: Session) -> EngineUNet:
-    factor = vae_factor(read_config(folder, ComponentName.VAE_DECODER))
+    factor = bundle.manifest.require_pixels_per_latent()
     # Always a number: the image-to-image pipelines compare it with 64 and fail on a pair.
     side = bundle.manifest.profile.height_px.opt // factor
     unet = EngineUNet(session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor)
@@ -144,7 +129,7 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
         # installed.
         "add_watermarker": False,
     }
-    if refiner or manifest.inpainting:
+    if manifest.own_task is not Task.TEXT_TO_IMAGE:
         flags["requires_aesthetics_score"] = bool(index.get("requires_aesthetics_score", refiner))
     return flags
 
@@ -154,7 +139,7 @@ def _pipeline_class(manifest: BundleManifest) -> Any:
 
 
 def _sized_class(manifest: BundleManifest) -> Any:
-    kind = _find_class(manifest)
+    kind = getattr(diffusers, PIPELINE_CLASSES[manifest.family][manifest.own_task])
     if manifest.profile.chunk_counts[-1] > 1:
         kind = with_long_prompts(kind)
     height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
@@ -162,20 +147,6 @@ def _sized_class(manifest: BundleManifest) -> Any:
     if height_px == width_px or not {"height", "width"} <= inspect.signature(kind.__call__).parameters.keys():
         return kind
     return _with_default_size(kind, height_px, width_px)
-
-
-def _find_class(manifest: BundleManifest) -> Any:
-    match manifest.family, manifest.inpainting:
-        case Family.SDXL_REFINER, False:
-            return diffusers.StableDiffusionXLImg2ImgPipeline
-        case Family.SDXL, False:
-            return diffusers.StableDiffusionXLPipeline
-        case Family.SDXL | Family.SDXL_REFINER, True:
-            return diffusers.StableDiffusionXLInpaintPipeline
-        case _, False:
-            return diffusers.StableDiffusionPipeline
-        case _:
-            return diffusers.StableDiffusionInpaintPipeline
 
 
 def _with_default_size(kind: Any, height_px: int, width_px: int) -> Any:

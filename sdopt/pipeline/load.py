@@ -12,7 +12,7 @@ import diffusers
 from sdopt import progress
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
-from sdopt.bundle.damage import bundle_extents, bundle_profiles
+from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import PlanRecord
@@ -34,6 +34,7 @@ def load_pipeline(
     """
     path = open_links(Path(folder))
     manifest = read_manifest(path)
+    require_pipeline(path, manifest)
     require_sound(path, manifest)
     require_trusted(path, manifest, trust_engines)
     plans = require_runnable(path, manifest)
@@ -60,12 +61,12 @@ def component_files(
     """
     return ComponentFiles(
         folder=folder / name,
-        spec=manifest.components[name].spec,
+        spec=manifest.require_component(name).spec,
         config=read_config(folder, name),
         family=manifest.family,
-        extents=bundle_extents(folder, manifest),
+        extents=manifest.extents,
         plans=plans,
-        profiles=bundle_profiles(folder, manifest),
+        profiles=manifest.profile_extents,
         origin=origin,
         plan_digests={plan.file: manifest.files[plan.file].sha256 for plan in plans if plan.file in manifest.files},
     )

@@ -10,7 +10,6 @@ import onnx
 
 from sdopt import progress
 from sdopt.bundle.again import again_command
-from sdopt.bundle.damage import bundle_extents
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import ComponentRecord, Verdict
@@ -105,7 +104,7 @@ def _find_problems(folder: Path, manifest: BundleManifest) -> list[str]:
     if problems:
         return problems
     try:
-        extents = bundle_extents(folder, manifest)
+        extents = manifest.extents
         for component, record in manifest.components.items():
             problems += _check_component(folder / component, record, extents)
         problems += find_bad_plans(folder, manifest)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import UsageError
-from sdopt.model.family import Family
-from sdopt.model.request import DrawRequest, ImageToImage, Inpaint, TextToImage
+from sdopt.model.request import DrawRequest, Inpaint, TextToImage
+from sdopt.model.task import Task
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -75,19 +75,17 @@ def _check_task(pipe: DiffusionPipeline, request: DrawRequest) -> None:
     bundle = getattr(pipe.unet, "bundle", None)
     if bundle is None:
         return
-    name, inpainting = bundle.manifest.name, bundle.manifest.inpainting
-    refiner = bundle.manifest.family is Family.SDXL_REFINER
-    if isinstance(request, TextToImage) and (inpainting or refiner):
+    name, inpainting = bundle.manifest.name, bundle.manifest.own_task is Task.INPAINT
+    if request.task in bundle.manifest.tasks:
+        return
+    if request.task is Task.TEXT_TO_IMAGE:
         kind = "an inpainting model" if inpainting else "the SDXL refiner"
         example = "image=…, mask_image=…" if inpainting else "image=…"
         raise UsageError(
             f"{name} is {kind}, which starts from a picture and not from a prompt alone",
             hint=f"from Python: sdopt.load(folder)(prompt=…, {example})",
         )
-    if isinstance(request, ImageToImage) and inpainting:
-        raise UsageError(
-            f"{name} is an inpainting model, which needs a mask", hint='give the task "inpaint" and a mask'
-        )
+    raise UsageError(f"{name} is an inpainting model, which needs a mask", hint='give the task "inpaint" and a mask')
 
 
 def _open_pictures(request: DrawRequest) -> tuple[Image.Image | None, Image.Image | None]:

@@ -20,6 +20,7 @@ from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import Precision
 from sdopt.model.recipe import BuildRecipe, VerifySettings
 from sdopt.model.target import Runtime, Target
+from sdopt.model.task import Task
 from sdopt.preflight.check import check_bundle
 from tests.checkpoints import Model, make_model, small_recipe, to_original, write_folder, write_single_file
 
@@ -68,7 +69,7 @@ def test_folder_and_single_file_become_the_same_verified_bundle(
     judged = (family, inpainting) in JUDGED
     verify = VerifySettings(fidelity=judged, steps=4, prompts=("a small green star",))
     manifest = build(folder, tmp_path / "from-folder", verify, prediction)
-    assert (manifest.family, manifest.inpainting) == (family, inpainting)
+    assert (manifest.family, manifest.own_task is Task.INPAINT) == (family, inpainting)
     assert manifest.fidelity.verdict is (Verdict.PASS if judged else Verdict.NOT_VERIFIED)
     assert all(part.parity and part.parity.passed for part in manifest.components.values())
     assert check_bundle(tmp_path / "from-folder").problems == ()

@@ -22,6 +22,7 @@ from sdopt.model.family import Family
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.shape import ShapeProfile
+from sdopt.model.task import Task
 from tests.reference_session import make_bundle
 
 FOLDER = Path("bundle")
@@ -38,7 +39,8 @@ def make_manifest(**records: Any) -> Any:
     bf16 = OpenVINOSettings(inference_precision=Precision.BF16)
     records = records or {"unet": make_component(bf16, Precision.BF16)}
     return SimpleNamespace(
-        name="tiny", family=Family.SD1, inpainting=False, profile=ShapeProfile.static(height_px=64, width_px=64),
+        name="tiny", family=Family.SD1, own_task=Task.TEXT_TO_IMAGE,
+        profile=ShapeProfile.static(height_px=64, width_px=64),
         components={ComponentName(name): record for name, record in records.items()},
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from sdopt.checkpoint.source import open_checkpoint
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
+from sdopt.model.task import Task
 from tests.checkpoints import (
     Model,
     make_model,
@@ -52,7 +53,8 @@ def test_folder_and_single_file_are_the_same_model(made: tuple[Model, Path, Path
     model, folder, file = made
     ours, other = open_checkpoint(str(folder)), open_checkpoint(str(file))
     assert ours.family == other.family == model.recipe.family
-    assert ours.inpainting == other.inpainting == (model.recipe.unet["in_channels"] == 9)
+    assert ours.tasks == other.tasks
+    assert (ours.tasks == (Task.INPAINT,)) == (model.recipe.unet["in_channels"] == 9)
     assert list(ours.components) == list(other.components)
     for name, component in ours.components.items():
         assert component.config == other.components[name].config, name

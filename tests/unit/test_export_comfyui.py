@@ -24,6 +24,7 @@ from sdopt.graph.external_data import check_graph_file
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.shape import Extent
+from sdopt.model.task import find_tasks
 from sdopt.trace.seeded_inputs import make_inputs
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.unit.test_trace import Built, build
@@ -129,7 +130,7 @@ def test_engine_names_are_those_of_comfyui_s_own_converter() -> None:
 def test_the_loader_s_model_types(
     family: Family, prediction: Prediction, inpainting: bool, wanted: str, pristine_bundle: Path
 ) -> None:
-    changes = {"family": family, "prediction": prediction, "inpainting": inpainting}
+    changes = {"family": family, "prediction": prediction, "tasks": find_tasks(family, 9 if inpainting else 4, 4)}
     manifest: BundleManifest = read_manifest(pristine_bundle).model_copy(update=changes)
     if wanted:
         assert find_model_type(manifest) == wanted
@@ -178,9 +179,8 @@ def test_the_engine_is_put_where_the_loader_looks_and_replaces_nothing(
 def test_tensorrt_reads_the_adapted_graph(pristine_bundle: Path, tmp_path: Path) -> None:
     """TensorRT-RTX has the same parser, and builds for a GPU that is not here."""
     pytest.importorskip("tensorrt_rtx")
-    from sdopt.bundle.damage import bundle_extents
 
-    extents = bundle_extents(pristine_bundle, read_manifest(pristine_bundle))
+    extents = read_manifest(pristine_bundle).extents
     comfyui.build_engine(
         comfyui.adapt_graph(pristine_bundle), pristine_bundle / "unet/weights.safetensors", extents,
         tmp_path / "x.engine", kind="tensorrt-rtx", generation="sm89",

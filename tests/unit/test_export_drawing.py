@@ -24,6 +24,7 @@ from sdopt.model.component import ComponentName, describe_component
 from sdopt.model.family import Family, Prediction
 from sdopt.model.precision import DType
 from sdopt.model.shape import Extent, ShapeProfile
+from sdopt.model.task import Task
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.schedulers import make_scheduler
 from tests.checkpoints import make_model, small_recipe, write_folder
@@ -239,9 +240,9 @@ def test_networks_that_take_bf16_are_refused(tiny: ReferenceBundle) -> None:
 def test_models_that_begin_with_a_picture_are_refused(tiny: ReferenceBundle) -> None:
     require_text_to_image(tiny.manifest)
     with pytest.raises(UsageError, match="starts from a picture"):
-        require_text_to_image(tiny.manifest.model_copy(update={"inpainting": True}))
+        require_text_to_image(tiny.manifest.model_copy(update={"tasks": (Task.INPAINT,)}))
     with pytest.raises(UsageError, match="starts from a picture"):
-        require_text_to_image(tiny.manifest.model_copy(update={"family": Family.SDXL_REFINER}))
+        require_text_to_image(tiny.manifest.model_copy(update={"tasks": (Task.IMAGE_TO_IMAGE, Task.INPAINT)}))
     longer = ShapeProfile.static(height_px=64, width_px=64, tokens=154)
     with pytest.raises(UsageError, match="154 tokens"):
         require_text_to_image(tiny.manifest.model_copy(update={"profile": longer}))

@@ -15,11 +15,12 @@ from sdopt.fidelity.candidate import dump_settings, open_candidate, parse_settin
 from sdopt.fidelity.compare_drawings import compare_apart, compare_drawings
 from sdopt.fidelity.drawings import Drawing, draw_isolated, draw_scene, draw_twice_isolated, read_drawing, write_drawing
 from sdopt.fidelity.references import NOISE_FLOOR, REFERENCE
-from sdopt.fidelity.scene import Scene, starts_from_image, write_scene
+from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.family import Family
 from sdopt.model.precision import Precision
 from sdopt.model.shape import ShapeProfile
+from sdopt.model.task import Task
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.reference_session import ReferenceBundle, make_bundle
 
@@ -74,7 +75,7 @@ def test_every_kind_of_pipeline_draws_the_scene(case: ReferenceBundle, tmp_path:
 
 def test_inputs_hold_a_picture_only_where_the_pipeline_starts_from_one(case: ReferenceBundle, tmp_path: Path) -> None:
     inputs = load_file(make_scene(tmp_path, case, "a castle").inputs)
-    assert ("image" in inputs) == ("mask" in inputs) == starts_from_image(case.manifest)
+    assert ("image" in inputs) == ("mask" in inputs) == (Task.TEXT_TO_IMAGE not in case.manifest.tasks)
     if "image" in inputs:
         assert inputs["image"].shape == (32, 48, 3)
         assert inputs["image"].std() > 10

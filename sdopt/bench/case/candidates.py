@@ -15,13 +15,13 @@ from sdopt.bench.case.baselines import (
     usual_baselines,
 )
 from sdopt.bench.case.report import CandidateKind
+from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.bundle.records import ComponentRecord
 from sdopt.errors import UsageError
 from sdopt.fidelity.candidate import engines_use_gpu
 from sdopt.fidelity.picture_limits import least_precision
-from sdopt.fidelity.scene import starts_from_image
 from sdopt.model.backend_settings import (
     BackendSettings,
     OnnxRuntimeSettings,
@@ -29,9 +29,10 @@ from sdopt.model.backend_settings import (
     TensorRTSettings,
     TorchSettings,
 )
-from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
+from sdopt.model.task import Task
 from sdopt.preflight.runnable import require_sound, require_trusted
 
 __all__ = ["ENGINES", "Baseline", "Candidate", "label_engines", "list_candidates", "parse_against"]
@@ -127,6 +128,7 @@ def _make_torch(engines: Candidate, baseline: Baseline) -> list[Candidate]:
 def _open_bundle(engines: Candidate, folder: Path, trust_engines: tuple[str, ...]) -> Candidate:
     folder = open_links(folder)
     manifest = read_manifest(folder)
+    require_pipeline(folder, manifest)
     require_sound(folder, manifest)
     require_trusted(folder, manifest, trust_engines)
     return Candidate(
@@ -146,10 +148,10 @@ def _find_difference(engines: Candidate, folder: Path, manifest: BundleManifest)
 def _describe_task(folder: Path, manifest: BundleManifest) -> dict[str, str]:
     config, profile = read_config(folder, ComponentName.VAE_DECODER), manifest.profile
     return {
-        "family": manifest.family + (" inpainting" if manifest.inpainting else ""),
+        "family": manifest.family + (" inpainting" if manifest.own_task is Task.INPAINT else ""),
         "picture size": f"{profile.width_px.opt}x{profile.height_px.opt}",
         "batch": str(profile.batch.min),
-        "latents": f"{config['latent_channels']} channels at 1/{vae_factor(config)}",
+        "latents": f"{config['latent_channels']} channels at 1/{manifest.require_pixels_per_latent()}",
     }
 
 
@@ -163,7 +165,7 @@ def _make_peer(engines: Candidate, python: Path | None) -> Candidate:
             "optimum lives in an environment of its own, for it pins an old transformers: python -m venv optimum-venv "
             f"&& optimum-venv/bin/pip install {' '.join(_PEER_PACKAGES)}, then --peer-python optimum-venv/bin/python"
         )
-    elif starts_from_image(manifest):
+    elif manifest.own_task is not Task.TEXT_TO_IMAGE:
         missing = "optimum is measured from text to image alone, and this bundle starts from a picture"
     elif DType.BF16 in dtypes:
         missing = (

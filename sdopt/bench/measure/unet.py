@@ -128,5 +128,5 @@ def open_unet(folder: Path, manifest: BundleManifest, settings: BackendSettings 
     plans = choose_plans(folder, manifest, find_machine()) if settings is None else {}
     origin = find_origin(manifest) if isinstance(settings, TorchSettings) else {}
     files = component_files(folder, manifest, name, plans.get(name, ()), origin.get(name))
-    with open_session(files, settings or manifest.components[name].backend) as session:
+    with open_session(files, settings or manifest.require_component(name).backend) as session:
         yield session

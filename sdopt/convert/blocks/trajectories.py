@@ -38,6 +38,7 @@ from sdopt.fidelity.scene import Scene, write_scene
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
+from sdopt.model.task import Task
 from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
 
@@ -151,7 +152,7 @@ def _identify_model(folder: Path, draft: BundleManifest) -> dict[str, Any]:
         "format": _FORMAT,
         "weights": draft.source.digest,
         "architectures": {name: record.architecture for name, record in draft.components.items()},
-        "pipeline": [draft.family, draft.prediction, draft.inpainting],
+        "pipeline": [draft.family, draft.prediction, draft.own_task is Task.INPAINT],
         "sizes": [profile.height_px.opt, profile.width_px.opt, profile.batch.min, profile.batch.max],
         "texts": [[path.relative_to(folder).as_posix(), hash_file(path)] for path in texts],
         "libraries": {name: version(name) for name in ("torch", "diffusers", "transformers")},

@@ -28,7 +28,6 @@ from sdopt.convert.plans.wanted import (
     library_version,
     list_wanted,
     peak_bytes,
-    pixels_per_latent,
     requires_fused,
 )
 from sdopt.disk.digest import FileRecord
@@ -202,7 +201,9 @@ def _describe_job(shop: _Workshop, wanted: WantedPlan, rung: Rung, output: Path)
     return PlanJob(
         kind=part.backend.kind, component=name, precision=part.precision, graph=shop.staging / name / GRAPH_NAME,
         weights=shop.staging / name / WEIGHTS_NAME, output=output, generation=wanted.generation,
-        profiles=tuple(dict(table) for table in input_shapes(part.spec, wanted.profile, pixels_per_latent(plan))),
+        profiles=tuple(
+            dict(table) for table in input_shapes(part.spec, wanted.profile, plan.checkpoint.pixels_per_latent)
+        ),
         attention_layers=shop.audits[name].attention_layers, native=plan.recipe.dialect is Dialect.NATIVE_ATTENTION,
         require_fused=requires_fused(plan, name), rung=rung, memory_limit_bytes=limit_bytes,
         timing_cache=_timing_cache(shop, wanted.generation), quantized=dict(part.quantized),

@@ -12,7 +12,7 @@ from sdopt.errors import MissingHardware, RecipeError, UsageError
 from sdopt.machine.environment import describe_system, find_version
 from sdopt.machine.gpus import find_gpus
 from sdopt.machine.machine_record import PlanFlavour
-from sdopt.model.component import ComponentName, ComponentSpec, vae_factor
+from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
@@ -53,7 +53,7 @@ def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) ->
     wanted: list[WantedPlan] = []
     for name in sorted(plan.components, key=lambda name: -weights[name].size_bytes):
         part = plan.components[name]
-        shapes = [input_shapes(part.spec, profile, pixels_per_latent(plan)) for profile in plan.profiles]
+        shapes = [input_shapes(part.spec, profile, plan.checkpoint.pixels_per_latent) for profile in plan.profiles]
         for shape in dict.fromkeys(shapes):
             indices = tuple(index for index, other in enumerate(shapes) if other == shape)
             for generation in generations(plan):
@@ -168,7 +168,3 @@ def _shapes_of(spec: ComponentSpec, extents: Mapping[str, Extent]) -> tuple[tupl
 def peak_bytes(weights_bytes: int, *, quantized: bool = False) -> int:
     """Peak memory of building a plan of so many bytes of weights, as they are stored."""
     return int(weights_bytes * (_COPIES_QUANTIZED if quantized else _COPIES)) + _FIXED_BYTES
-
-
-def pixels_per_latent(plan: BuildPlan) -> int:
-    return vae_factor(plan.components[ComponentName.VAE_DECODER].config)

@@ -18,7 +18,6 @@ from sdopt.backends.tensorrt.builder import Bounds, BuildOptions, build_plan
 from sdopt.backends.tensorrt.loading import Kind, load_library
 from sdopt.backends.tensorrt.parsed_network import parse_graph
 from sdopt.backends.tensorrt.plan_audit import allow_decomposed_attention
-from sdopt.bundle.damage import bundle_extents
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.disk.files import disk_errors, fsync_folder, write_file
 from sdopt.errors import MissingDependency, UsageError
@@ -31,6 +30,7 @@ from sdopt.model.component import ComponentName
 from sdopt.model.family import Family, Prediction
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
+from sdopt.model.task import Task
 
 _UNET = ComponentName.UNET
 _FILES = (f"{_UNET}/model.onnx", f"{_UNET}/weights.safetensors")
@@ -83,7 +83,7 @@ def export_engine(folder: Path, comfyui: Path, *, name: str | None = None) -> Co
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".sdopt-export.") as work:
             built = Path(work) / engine
-            build_engine(adapt_graph(folder), folder / _FILES[1], bundle_extents(folder, manifest), built)
+            build_engine(adapt_graph(folder), folder / _FILES[1], manifest.extents, built)
             built.rename(target)
         fsync_folder(target.parent)
     return ComfyExport(target, engine, find_model_type(manifest))
@@ -121,7 +121,8 @@ def adapt_graph(folder: Path) -> onnx.ModelProto:
 def find_model_type(manifest: BundleManifest) -> str:
     """What to choose in the loader's node. Raises `UsageError` where it has nothing for this model."""
     velocity = manifest.prediction is Prediction.V_PREDICTION
-    if not manifest.inpainting:
+    inpainting = manifest.own_task is Task.INPAINT
+    if not inpainting:
         match manifest.family, velocity:
             case Family.SDXL, False:
                 return "sdxl_base"
@@ -133,7 +134,7 @@ def find_model_type(manifest: BundleManifest) -> str:
                 return "sd1.x"
             case _:
                 pass
-    kind = f"{manifest.family}{' inpainting' if manifest.inpainting else ''}, {manifest.prediction}"
+    kind = f"{manifest.family}{' inpainting' if inpainting else ''}, {manifest.prediction}"
     raise UsageError(f"ComfyUI's TensorRT loader has no model type for {manifest.name} ({kind})")
 
 
@@ -149,7 +150,7 @@ def name_engine(name: str, rows: Extent, height_px: Extent, width_px: Extent) ->
 
 
 def _describe(folder: Path, manifest: BundleManifest, name: str | None, path: Path) -> ComfyExport:
-    profile, rows = manifest.profile, bundle_extents(folder, manifest)["cfg_batch"]
+    profile, rows = manifest.profile, manifest.extents["cfg_batch"]
     engine = name_engine(name or manifest.name, rows, profile.height_px, profile.width_px)
     return ComfyExport(path, engine, find_model_type(manifest))
 

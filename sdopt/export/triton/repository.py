@@ -16,15 +16,14 @@ from typing import Any
 
 from sdopt import progress
 from sdopt.bundle.again import variant_command
-from sdopt.bundle.damage import bundle_extents
-from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import PlanRecord
 from sdopt.disk.files import write_file
 from sdopt.errors import UsageError
 from sdopt.export.published_folder import copy_file, open_bundle, staged, sum_bytes
 from sdopt.export.triton.config import ModelConfig, TritonBackend, configure_network, configure_pipeline, quote
 from sdopt.export.triton.settings import make_settings, require_text_to_image, write_tokenizers
-from sdopt.model.component import ComponentName, vae_factor
+from sdopt.model.component import ComponentName
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.shape import Extent
 from sdopt.preflight.runnable import require_trusted
@@ -66,7 +65,7 @@ def export_triton(
     networks = [part for part in ComponentName if part in manifest.components and part is not ComponentName.VAE_ENCODER]
     models: dict[ComponentName, str] = {part: f"{base}_{part}" for part in networks}
     sources = {part: _list_files(manifest, part, kind) for part in networks}
-    extents = _find_extents(folder, manifest, kind)
+    extents = _find_extents(manifest, kind)
     settings = make_settings(folder, manifest, models, extents, scheduler)
     needed_bytes = sum_bytes(manifest, (file for copied in sources.values() for file in copied.values()))
     with staged(output, "triton", manifest, needed_bytes) as growing:
@@ -88,8 +87,8 @@ def export_triton(
 
 
 def _choose_backend(manifest: BundleManifest, name: str | None) -> TritonBackend:
-    unet = manifest.components[ComponentName.UNET]
     if name is None:
+        unet = manifest.require_component(ComponentName.UNET)
         return TritonBackend.TENSORRT if unet.plans else TritonBackend.ONNXRUNTIME
     if name not in list(TritonBackend):
         raise UsageError(f"there is no Triton backend {name!r}", hint=f"choose one of {', '.join(TritonBackend)}")
@@ -130,11 +129,11 @@ def _name_plans(manifest: BundleManifest, part: ComponentName, backend: TritonBa
     return names
 
 
-def _find_extents(folder: Path, manifest: BundleManifest, backend: TritonBackend) -> Mapping[str, Extent]:
+def _find_extents(manifest: BundleManifest, backend: TritonBackend) -> Mapping[str, Extent]:
     """What the networks take: a graph all sizes of the bundle, a plan those of the first profile."""
     if backend is not TritonBackend.TENSORRT:
-        return bundle_extents(folder, manifest)
-    return manifest.profiles[0].axis_extents(vae_factor(read_config(folder, ComponentName.VAE_DECODER)))
+        return manifest.extents
+    return manifest.profile_extents[0]
 
 
 def _write_model(target: Path, config: ModelConfig) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from sdopt.bundle.again import variant_command
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.errors import ArtifactError, UsageError
-from sdopt.model.component import ComponentName, vae_factor
-from sdopt.model.family import Family
+from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
 from sdopt.model.samplers import SchedulerName, parse_scheduler
 from sdopt.model.shape import CHUNK_TOKENS, Extent
+from sdopt.model.task import Task
 from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.dtypes import DTYPES
 
@@ -42,7 +42,7 @@ def make_settings(
     """
     vae = read_config(folder, ComponentName.VAE_DECODER)
     height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
-    factor = vae_factor(vae)
+    factor = manifest.require_pixels_per_latent()
     is_xl = manifest.family.is_xl
     normalised = is_xl and vae.get("latents_mean") is not None and vae.get("latents_std") is not None
     index = _read_table(folder / "model_index.json")
@@ -72,7 +72,7 @@ def require_text_to_image(manifest: BundleManifest) -> None:
             f"gives {CHUNK_TOKENS}",
             hint=f"build another: {variant_command('--tokens 77')}",
         )
-    if manifest.inpainting or manifest.family is Family.SDXL_REFINER:
+    if Task.TEXT_TO_IMAGE not in manifest.tasks:
         raise UsageError(
             f"{manifest.name} starts from a picture, and the pipeline in Triton draws from prompts alone",
             hint="export the base model",
@@ -82,7 +82,7 @@ def require_text_to_image(manifest: BundleManifest) -> None:
             f"{manifest.name} takes bf16, and the pipeline in Triton computes with numpy, which does not have it",
             hint=f"build another: {variant_command('--precision fp16')}",
         )
-    if any(tensor.name == "timestep_cond" for tensor in manifest.components[ComponentName.UNET].spec.inputs):
+    if any(tensor.name == "timestep_cond" for tensor in manifest.require_component(ComponentName.UNET).spec.inputs):
         raise UsageError(
             f"{manifest.name} is distilled for guidance as an input, which Triton's pipeline does not have",
             hint="export the model that it was distilled from",
