@@ -191,7 +191,7 @@ def test_optimum_is_not_asked_for_what_it_cannot_draw() -> None:
     bf16 = make_manifest(unet=make_component(TensorRTSettings(kind="tensorrt-rtx"), Precision.BF16, DType.BF16))
     assert "bf16 graphs" in list_candidates(FOLDER, bf16, ("optimum",), Path("python"))[1].missing
     refiner = make_manifest()
-    refiner.family = Family.SDXL_REFINER
+    refiner.own_task = Task.IMAGE_TO_IMAGE
     assert "starts from a picture" in list_candidates(FOLDER, refiner, ("optimum",), Path("python"))[1].missing
 
 

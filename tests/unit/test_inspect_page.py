@@ -12,10 +12,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from sdopt.bundle.manifest import BundleKind, write_manifest
 from sdopt.cli.inspect import inspect
 from sdopt.cli.main import cli
 from sdopt.model.family import Family
 from tests.checkpoints import make_model, small_recipe, to_original, write_folder
+from tests.reference_session import make_bundle
 
 
 def show(monkeypatch: pytest.MonkeyPatch, source: Path, *flags: str) -> Any:
@@ -62,3 +64,31 @@ def test_what_no_component_uses_and_what_is_missing_is_shown(tmp_path: Path, mon
     assert "1 of unused half of CLIP" in page
     assert "EMA copy of the UNet" in page
     assert "-o engines/m" in page
+
+
+def test_a_bundle_says_its_kind_and_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_bundle(tmp_path / "tiny")
+    write_manifest(made.folder, made.manifest)
+    table = json.loads(show(monkeypatch, made.folder, "--json").stdout)
+    assert (table["kind"], table["bundle_kind"]) == ("bundle", "pipeline")
+    assert table["tasks"] == ["text_to_image", "image_to_image", "inpaint"]
+    page = " ".join(show(monkeypatch, made.folder).stderr.split())
+    for words in (
+        "a bundle of Stable Diffusion 1 engines",
+        "a whole pipeline",
+        "text to image, image to image, inpain",
+    ):
+        assert words in page
+    assert "sdopt generate" in page
+
+
+def test_a_bundle_that_draws_nothing_is_not_offered_to_be_drawn_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_bundle(tmp_path / "control")
+    changes = {"kind": BundleKind.CONTROLNET, "tasks": (), "components": {}}
+    write_manifest(made.folder, made.manifest.model_copy(update=changes))
+    page = " ".join(show(monkeypatch, made.folder).stderr.split())
+    for words in ("a ControlNet", "nothing by itself", "sdopt check"):
+        assert words in page
+    assert "sdopt generate" not in page

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from sdopt.bundle.damage import require_intact
-from sdopt.bundle.manifest import SCHEMA_VERSION, BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.manifest import SCHEMA_VERSION, BundleKind, BundleManifest, read_manifest, write_manifest
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.file_records import find_damage, record_file
 from sdopt.errors import ArtifactError, UnsafeInputError
+from sdopt.model.family import Family
 from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.model.task import Task
 from tests.reference_session import make_bundle
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bundle.schema.json"
@@ -55,6 +57,12 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
     "no schema": (lambda t: t.pop("schema_version") and t.update(schema_version=None), r"schema_version"),
     "unknown key": (lambda t: t.update(colour="red"), r"colour"),
     "unknown key inside": (lambda t: t["source"].update(colour="red"), r"source\.colour"),
+    "a key of schema 5": (lambda t: t.update(inpainting=False), r"inpainting"),
+    "unknown kind": (lambda t: t.update(kind="motion"), r"kind"),
+    "unknown task": (lambda t: t.update(tasks=["upscale"]), r"tasks\.0"),
+    "a pipeline without tasks": (lambda t: t.update(tasks=[]), r"tasks: a pipeline has at least one"),
+    "a task of another family": (lambda t: t.update(family="sdxl-refiner"), r"tasks: sdxl-refiner has no text"),
+    "latents of no size": (lambda t: t.update(pixels_per_latent=0), r"pixels_per_latent"),
     "missing key": (lambda t: t.pop("profile"), r"profile"),
     "unknown component": (lambda t: t["components"].update(head=t["components"]["unet"]), r"components\.head"),
     "unknown precision": (lambda t: t["components"]["unet"].update(precision="fp12"), r"components\.unet\.precision"),
@@ -65,39 +73,101 @@ DEFECTS: dict[str, tuple[Edit, str]] = {
 }  # fmt: skip
 
 
-def test_a_bundle_of_schema_1_is_read(manifest: BundleManifest, tmp_path: Path) -> None:
-    """What sdopt wrote before plans: one profile, no plans, no reason for a precision."""
-
-    def age(table: dict[str, Any]) -> None:
-        table["schema_version"] = 1
-        del table["profiles"]
-        for part in table["components"].values():
-            del part["plans"], part["precision_reason"]
-
-    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
-    assert read_manifest(tmp_path) == manifest
+def to_schema_5(table: dict[str, Any], *, inpainting: bool = False) -> None:
+    """What sdopt wrote before bundles had kinds and tasks."""
+    table.update(schema_version=5, inpainting=inpainting)
+    del table["kind"], table["tasks"], table["pixels_per_latent"]
 
 
-def test_a_bundle_of_schema_3_is_read_and_says_nothing_of_its_build(manifest: BundleManifest, tmp_path: Path) -> None:
-    def age(table: dict[str, Any]) -> None:
-        table["schema_version"] = 3
-        del table["build"]
+def to_schema_4(table: dict[str, Any]) -> None:
+    """Before averaged weights."""
+    to_schema_5(table)
+    table["schema_version"] = 4
+    del table["recipe"]["ema"]
 
-    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
-    assert read_manifest(tmp_path) == manifest
+
+def to_schema_3(table: dict[str, Any]) -> None:
+    """Before the build's time."""
+    to_schema_4(table)
+    table["schema_version"] = 3
+    del table["build"]
+
+
+def to_schema_1(table: dict[str, Any]) -> None:
+    """Before plans: one profile, no reason for a precision."""
+    to_schema_3(table)
+    table["schema_version"] = 1
+    del table["profiles"]
+    for part in table["components"].values():
+        del part["plans"], part["precision_reason"]
+
+
+AGES: dict[str, Edit] = {"1": to_schema_1, "3": to_schema_3, "4": to_schema_4, "5": to_schema_5}
+
+
+def write_vae_config(folder: Path, content: str) -> None:
+    (folder / "vae_decoder").mkdir()
+    (folder / "vae_decoder" / "config.json").write_text(content)
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_a_bundle_of_an_older_schema_is_read(age: str, manifest: BundleManifest, tmp_path: Path) -> None:
+    """What it did not know is empty, and the size of its latents is that of its VAE."""
     assert manifest.build is None
+    assert not manifest.recipe.ema
+    assert manifest.pixels_per_latent is not None
+    levels = manifest.pixels_per_latent.bit_length()
+    write_vae_config(tmp_path, json.dumps({"block_out_channels": [32] * levels}))
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, AGES[age]))
+    assert read_manifest(tmp_path) == manifest
 
 
-def test_a_bundle_of_schema_4_is_read_as_made_from_the_weights_that_are_not_averaged(
-    manifest: BundleManifest, tmp_path: Path
+@pytest.mark.parametrize("inpainting", [False, True], ids=["latents", "mask"])
+@pytest.mark.parametrize("family", Family)
+def test_tasks_of_an_older_bundle_are_those_of_its_model(
+    family: Family, inpainting: bool, manifest: BundleManifest, tmp_path: Path
 ) -> None:
     def age(table: dict[str, Any]) -> None:
-        table["schema_version"] = 4
-        del table["recipe"]["ema"]
+        to_schema_5(table, inpainting=inpainting)
+        table["family"] = family
 
     (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
-    assert read_manifest(tmp_path) == manifest
-    assert not read_manifest(tmp_path).recipe.ema
+    read = read_manifest(tmp_path)
+    assert read.kind is BundleKind.PIPELINE
+    assert (Task.TEXT_TO_IMAGE in read.tasks) == (not inpainting and family is not Family.SDXL_REFINER)
+    assert (read.tasks == (Task.INPAINT,)) == inpainting
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"block_out_channels": []}', '{"block_out_channels": 3}'])
+def test_an_older_bundle_with_a_damaged_config_is_still_read(
+    content: str, manifest: BundleManifest, tmp_path: Path
+) -> None:
+    """So that `sdopt check` can name the file, and `--again` read the recipe."""
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, to_schema_5))
+    assert read_manifest(tmp_path).pixels_per_latent is None
+    write_vae_config(tmp_path, content)
+    assert read_manifest(tmp_path).pixels_per_latent is None
+    with pytest.raises(ArtifactError, match="how large its latents are"):
+        read_manifest(tmp_path).require_pixels_per_latent()
+
+
+def test_the_config_of_an_older_bundle_is_not_read_through_a_link(manifest: BundleManifest, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, to_schema_5))
+    (tmp_path / "vae_decoder").mkdir()
+    (tmp_path / "vae_decoder" / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UnsafeInputError, match="symbolic link"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["family", "inpainting"])
+def test_what_an_older_bundle_lacks_is_named(key: str, manifest: BundleManifest, tmp_path: Path) -> None:
+    def age(table: dict[str, Any]) -> None:
+        to_schema_5(table)
+        del table[key]
+
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, age))
+    with pytest.raises(ArtifactError, match="family" if key == "family" else "tasks"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", DEFECTS)
