@@ -133,7 +133,8 @@ def run_fakes(
     monkeypatch.setattr(run_module, "draw_isolated", fakes.draw)
     monkeypatch.setattr(run_module, "draw_twice_isolated", fakes.draw_twice)
     monkeypatch.setattr(run_module, "read_manifest", lambda folder: make_manifest())
-    monkeypatch.setattr(run_module, "require_sound", lambda folder, manifest: None)  # there is no bundle on disk
+    for check in ("require_pipeline", "require_sound"):  # there is no bundle on disk
+        monkeypatch.setattr(run_module, check, lambda folder, manifest: None)
     monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)
     monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
     monkeypatch.setattr(unet_module, "write_inputs", lambda *args: None)
