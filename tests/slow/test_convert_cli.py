@@ -387,7 +387,7 @@ main()
 def test_a_publication_that_is_killed_loses_neither_bundle(renames: int, cli: Cli, copy: Path) -> None:
     before = snapshot(copy)
     words = cli.convert_words(copy, "--target", "openvino", "--no-verify")
-    done = cli.run(str(renames), *words, wrapper=(sys.executable, "-c", _DIES_AT_RENAME))
+    done = cli.run_script(str(renames), *words, wrapper=(sys.executable, "-c", _DIES_AT_RENAME))
     assert done.returncode == -signal.SIGKILL
     old = copy if renames == 0 else copy.parent / ".b.sdopt-partial" / "retired"
     assert snapshot(old) == before
