@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sdopt.bundle.manifest import BundleManifest
+from sdopt.disk.files import hash_file
 from sdopt.errors import UsageError
+from sdopt.model.file_names import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,14 @@ class OpenedBundle:
     manifest: BundleManifest
     scheduler_config: Mapping[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which names the digest of every other file."""
-        return hashlib.sha256(self.manifest.to_json()).hexdigest()
+        """SHA-256 of the manifest as it was written, which names the digest of every other file.
+
+        Not of `manifest`: one of an older schema reads as another table with every version of sdopt.
+        """
+        path = self.folder / MANIFEST_NAME
+        return hash_file(path) if path.is_file() else hashlib.sha256(self.manifest.to_json()).hexdigest()
 
 
 def opened_bundle(pipe: Any) -> OpenedBundle:

@@ -14,10 +14,12 @@ from sdopt.bundle.damage import require_intact
 from sdopt.bundle.manifest import SCHEMA_VERSION, BundleKind, BundleManifest, read_manifest, write_manifest
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.file_records import find_damage, record_file
+from sdopt.disk.files import hash_file
 from sdopt.errors import ArtifactError, UnsafeInputError
 from sdopt.model.family import Family
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.task import Task
+from sdopt.pipeline.opened import OpenedBundle
 from tests.reference_session import make_bundle
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bundle.schema.json"
@@ -120,6 +122,14 @@ def test_a_bundle_of_an_older_schema_is_read(age: str, manifest: BundleManifest,
     write_vae_config(tmp_path, json.dumps({"block_out_channels": [32] * levels}))
     (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, AGES[age]))
     assert read_manifest(tmp_path) == manifest
+
+
+def test_pictures_of_an_older_bundle_name_it_by_its_file(manifest: BundleManifest, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(edited(manifest, to_schema_5))
+    opened = OpenedBundle(tmp_path, read_manifest(tmp_path), {})
+    assert opened.digest == hash_file(tmp_path / MANIFEST_NAME)
+    write_manifest(tmp_path, manifest)
+    assert OpenedBundle(tmp_path, read_manifest(tmp_path), {}).digest == hash_file(tmp_path / MANIFEST_NAME)
 
 
 @pytest.mark.parametrize("inpainting", [False, True], ids=["latents", "mask"])
