@@ -83,7 +83,7 @@ def test_an_interruption_is_130_and_says_how_to_go_on(run: Run, failing: Callabl
     failing(KeyboardInterrupt())
     code, out, err = run("doctor", "--json")
     assert (code, out) == (130, "")
-    assert "run the same command to go on" in err
+    assert "run the same command again to continue" in err
 
 
 @pytest.mark.parametrize("words", [("convrt",), ("doctor", "--jsn"), ("check",), ("convert", "x", "--batch", "two")])

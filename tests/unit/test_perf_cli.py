@@ -82,7 +82,7 @@ def test_compare_is_of_two_runs(history: Path) -> None:
 
 @pytest.mark.parametrize(
     ("series", "said"),
-    [("tiny", "no series"), ("tiny/engines/speed", "no series"), ("none/engines/unet_step", "no case 'none'")],
+    [("tiny", "not a series"), ("tiny/engines/speed", "not a series"), ("none/engines/unet_step", "no case 'none'")],
 )
 def test_a_series_that_cannot_be_is_refused(series: str, said: str) -> None:
     done = call("bisect", "a..b", "--suite", "smoke", "--series", series)

@@ -411,7 +411,7 @@ def test_a_warm_child_sees_the_surroundings_of_its_parent_now(monkeypatch: pytes
 def test_settings_that_libraries_read_when_imported_make_a_child_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("where").value["forked"]
     assert not call_by_name("tests.unit.test_processes:where", {}, how=How.WARM, environment={"X": "1"}).value["forked"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert not run("where").value["forked"]
     monkeypatch.undo()
     assert run("where").value["forked"]
