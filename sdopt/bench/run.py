@@ -198,13 +198,15 @@ def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessReco
     if found is None:
         raise SdoptError(f"there is no candidate {name!r}; there are {', '.join(each.name for each in candidates)}")
     row = _Row(found, work / f"{name}.safetensors")
-    _run_row(request, _prepare_scene(request, manifest, work), row, 0, 1, 0.0)
+    # Its only child but the measured one: a zygote would import more than this child needs.
+    scene = _prepare_scene(request, manifest, work, how=How.FRESH)
+    _run_row(request, scene, row, 0, 1, 0.0)
     if row.status is not Status.OK:
         raise SdoptError(f"{found.label} {row.status}: {row.message}")
     return row.processes[0]
 
 
-def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) -> Scene:
+def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path, *, how: How = How.WARM) -> Scene:
     """The scene, with its inputs on disk: one file for every candidate."""
     verify = manifest.recipe.verify
     scene = Scene(
@@ -213,7 +215,7 @@ def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path) 
         inputs=work / "inputs.safetensors",
     )  # fmt: skip
     if request.scope is Scope.PICTURES:
-        write_scene(request.folder, manifest, scene)
+        write_scene(request.folder, manifest, scene, how=how)
     else:
         from sdopt.bench.measure.unet import write_inputs
 

@@ -18,7 +18,7 @@ from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.fidelity.metrics import Picture
 from sdopt.model.component import ComponentName
 from sdopt.model.task import Task
-from sdopt.processes.call import call
+from sdopt.processes.call import How, call
 
 DEFAULT_PROMPTS = ("a large red circle on a blue background", "a small yellow star on a purple background")
 
@@ -47,9 +47,9 @@ class SceneJob:
     scene: Scene
 
 
-def write_scene(folder: Path, manifest: BundleManifest, scene: Scene) -> None:
+def write_scene(folder: Path, manifest: BundleManifest, scene: Scene, *, how: How = How.WARM) -> None:
     """Draw the inputs from the scene's seeds, at the bundle's usual size, and write them. A child does: torch draws."""
-    call(write_scene_in_child, SceneJob(folder, manifest, scene))
+    call(write_scene_in_child, SceneJob(folder, manifest, scene), how=how)
 
 
 def write_scene_in_child(job: SceneJob) -> None:

@@ -136,7 +136,7 @@ def run_fakes(
     for check in ("require_pipeline", "require_sound"):  # there is no bundle on disk
         monkeypatch.setattr(run_module, check, lambda folder, manifest: None)
     monkeypatch.setattr(run_module, "require_trusted", lambda folder, manifest, named: None)
-    monkeypatch.setattr(run_module, "write_scene", lambda *args: None)
+    monkeypatch.setattr(run_module, "write_scene", lambda *args, **how: None)
     monkeypatch.setattr(unet_module, "write_inputs", lambda *args: None)
     monkeypatch.setattr(run_module, "measure_component_errors", fakes.measure_errors)
     for module in (run_module, describe_module):
