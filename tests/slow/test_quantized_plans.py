@@ -23,7 +23,7 @@ from sdopt.backends.tensorrt import parsed_network as network
 from sdopt.backends.tensorrt.weight_search import WeightSearch
 from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.records import PlanAudit
-from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers
+from sdopt.convert.blocks.write import StockJob, find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
 from sdopt.graph.qdq import LayerChoice
@@ -88,7 +88,7 @@ def quantise(
     scales = stock_folder / "scales.safetensors"
     save_file({f"{name}.input_amax": torch.tensor(4.0) for name in choices}, scales)
     tensors = read_header(stock_folder / "weights.safetensors").tensors
-    stock = stock_layers(stock_folder, DType.FP16, choices, tensors, scales)
+    stock = stock_layers(StockJob(stock_folder, DType.FP16, choices, tensors, scales))
     publish_choice(stock, folder / "made", choices, "quantising")
     return Quantized(bundle, component, folder / "made", dict.fromkeys(choices, scheme))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import Session, ShowsKernels
-from sdopt.convert.blocks.write import Stock, find_layers, publish_choice, stock_layers, write_trial
+from sdopt.convert.blocks.write import Stock, StockJob, find_layers, publish_choice, stock_in_child, write_trial
 from sdopt.errors import ExportError
 from sdopt.graph.external_data import check_graph_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers
@@ -128,7 +128,8 @@ class Layers:
         scales |= {f"{name}.smooth": smooth_of(name) for name, choice in choices.items() if choice.smooth}
         save_file(scales, self.folder / "scales.safetensors")
         tensors = read_header(self.folder / "checkpoint.safetensors").tensors
-        return stock_layers(self.folder, self.dtype, choices, tensors, self.folder / "scales.safetensors")
+        stock_in_child(StockJob(self.folder, self.dtype, dict(choices), tensors, self.folder / "scales.safetensors"))
+        return Stock(self.folder, self.dtype, choices)
 
 
 def smooth_of(layer: str) -> Tensor:
@@ -471,10 +472,9 @@ def stock_calibrated(built: Built, choices: Mapping[str, LayerChoice]) -> Stock:
     with torch.inference_mode():
         network(*inputs.values())
     save_file(scales, built.files.folder / "scales.safetensors")
-    return stock_layers(
-        built.files.folder, built.dtype, choices, built.tensors,
-        built.files.folder / "scales.safetensors",
-    )  # fmt: skip
+    folder = built.files.folder
+    stock_in_child(StockJob(folder, built.dtype, dict(choices), dict(built.tensors), folder / "scales.safetensors"))
+    return Stock(folder, built.dtype, choices)
 
 
 def inputs_of(built: Built) -> dict[str, Tensor]:

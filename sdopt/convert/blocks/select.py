@@ -19,7 +19,7 @@ from sdopt.convert.blocks.choose import harm_of
 from sdopt.convert.blocks.quantized_component import Candidate
 from sdopt.convert.blocks.trajectories import Trajectories, record_trajectories
 from sdopt.convert.blocks.trials import FORMAT, TrialJob
-from sdopt.convert.blocks.write import find_layers, stock_layers
+from sdopt.convert.blocks.write import StockJob, find_layers, stock_layers
 from sdopt.convert.build import Build
 from sdopt.convert.fidelity import runnable_here, stand_in
 from sdopt.convert.plan import BuildPlan
@@ -120,7 +120,7 @@ def _prepare(build: Build, name: ComponentName, trajectories: Trajectories) -> C
     scales = None
     if settings.scheme.quantizes_activations:
         scales = calibrate(part, list(choices), trajectories, calibration, build.store, build.cache)
-    stock = stock_layers(folder, part.graph_dtype, choices, part.tensors, scales)
+    stock = stock_layers(StockJob(folder, part.graph_dtype, choices, dict(part.tensors), scales))
     runtime, timed = _find_runtime(build, name)
     job = TrialJob(
         stock, part.spec, dict(read_config(build.staging.folder, name)), plan.checkpoint.family, dict(plan.extents),

@@ -34,7 +34,7 @@ from sdopt.disk.store import Store
 from sdopt.errors import ArtifactError, RecipeError
 from sdopt.fidelity.candidate import open_candidate
 from sdopt.fidelity.drawings import build_call
-from sdopt.fidelity.scene import Scene, write_scene
+from sdopt.fidelity.scene import Scene, SceneJob, write_scene_in_child
 from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.quantization import CalibrationSettings
@@ -197,7 +197,7 @@ def _draw(pipeline: DiffusionPipeline, job: Job, trajectory: Trajectory, recorde
             prompts=(trajectory.prompt,), seed=trajectory.seed, steps=trajectory.steps,
             guidance_scale=trajectory.guidance_scale, inputs=Path(folder) / "inputs.safetensors",
         )  # fmt: skip
-        write_scene(job.folder, job.manifest, scene)
+        write_scene_in_child(SceneJob(job.folder, job.manifest, scene))
         call = build_call(pipeline, job.manifest, scene, [0])
     if not trajectory.decode:
         call["output_type"] = "latent"

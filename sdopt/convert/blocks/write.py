@@ -12,14 +12,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 from safetensors import safe_open
-from torch import Tensor
 
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import write_file
 from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.precision import DType
-from sdopt.quantize.rounding import QuantizedLayer, write_quantized
+from sdopt.processes.call import call
 from sdopt.trace.bind import rebind_weights
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import storage_layout, write_weights
@@ -42,27 +41,39 @@ def find_layers(folder: Path) -> dict[str, QuantizableLayer]:
     return list_layers(ir.load(folder / GRAPH_NAME))
 
 
-def stock_layers(
-    folder: Path, graph_dtype: DType, choices: Mapping[str, LayerChoice], tensors: Mapping[str, TensorRef],
-    scales: Path | None,
-) -> Stock:  # fmt: skip
-    """Quantise every layer of `choices` from the checkpoint's tensors. `scales` is what calibration found."""
-    found = _read_scales(scales) if scales is not None else {}
+@dataclass(frozen=True)
+class StockJob:
+    """The layers of `choices`, to be quantised from the checkpoint's tensors. `scales` is what calibration found."""
+
+    folder: Path
+    graph_dtype: DType
+    choices: dict[str, LayerChoice]
+    tensors: dict[str, TensorRef]
+    scales: Path | None
+
+
+def stock_layers(job: StockJob) -> Stock:
+    """Quantise every layer of the job, in a child: rounding is torch's."""
+    call(stock_in_child, job)
+    return Stock(job.folder, job.graph_dtype, job.choices)
+
+
+def stock_in_child(job: StockJob) -> None:
+    from sdopt.quantize.rounding import QuantizedLayer, write_quantized
+
+    found = {}
+    if job.scales is not None:
+        with safe_open(job.scales, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
     quantized = {
         name: QuantizedLayer(
-            tensors[weight_name(name)], choice.scheme,
+            job.tensors[weight_name(name)], choice.scheme,
             float(found[f"{name}.input_amax"]) if choice.scheme.quantizes_activations else None,
             found[f"{name}.smooth"] if choice.smooth else None,
         )
-        for name, choice in choices.items()
+        for name, choice in job.choices.items()
     }  # fmt: skip
-    write_quantized(folder / QUANTIZED_NAME, quantized, graph_dtype)
-    return Stock(folder, graph_dtype, choices)
-
-
-def _read_scales(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+    write_quantized(job.folder / QUANTIZED_NAME, quantized, job.graph_dtype)
 
 
 def write_trial(stock: Stock, layers: Mapping[str, LayerChoice], name: str) -> None:
