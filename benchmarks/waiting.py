@@ -31,7 +31,8 @@ from sdopt.perf.night.worktree import checked_out
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _TINY = _REPOSITORY / "sdopt" / "assets" / "tiny-shapes"
-_SAMPLE_S = 0.2
+# A sample holds the processes up for some milliseconds each.
+_SAMPLE_S = 0.5
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import NoReturn
 
 from sdopt.processes.channel import send
@@ -29,12 +30,14 @@ PRELOADED = (
     "sdopt.pipeline.load", "sdopt.trace.trace", "sdopt.trace.reference", "sdopt.networks.built_shapes",
     "sdopt.fidelity.drawings", "onnxscript", "onnx",
 )  # fmt: skip
+# While nothing is asked: what only some children need, and late.
+PRELOADED_LATER = ("torchmetrics.functional.image",)
 # Of 32 and 64 bits each: a datagram is a few words.
 _REQUEST_BYTES = 64
 
 
-def preload() -> None:
-    for name in PRELOADED:
+def preload(names: Iterable[str] = PRELOADED) -> None:
+    for name in names:
         # What fails here fails again in the child that needs it, and is told there.
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -46,10 +49,14 @@ def preload() -> None:
 def serve(control: socket.socket) -> None:
     """Fork for each request until the parent is gone, and then end what still runs."""
     living: dict[int, tuple[int, socket.socket]] = {}
+    later = list(PRELOADED_LATER)
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
+            events = selector.select(0 if later and living else None)
+            if not events:
+                preload([later.pop()])
+            for key, _ in events:
                 if key.fileobj is control:
                     message, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 4)
                     if not message:
