@@ -33,7 +33,9 @@ class Nights:
         self.folder, self.clone = folder, folder / "clone"
         quicker = SUITE
         for line, quick in (
-            ("repeats = 5", "repeats = 2"), ("steps = [10]", "steps = [6]"), ("budget_s = 4.0", "budget_s = 1.0")
+            ("repeats = 5", "repeats = 2"), ("steps = [10]", "steps = [6]"), ("budget_s = 4.0", "budget_s = 1.0"),
+            # Steps alone: a process that draws pictures imports diffusers, for 7 s.
+            ('source = "tiny-shapes"', 'source = "tiny-shapes"\nscope = "unet"'),
         ):  # fmt: skip
             assert line in SUITE
             quicker = quicker.replace(line, quick)
@@ -111,7 +113,7 @@ def test_a_planted_slow_down_alarms_after_two_nights_that_pass_and_is_found(nigh
     assert {finding["series"]["candidate"] for finding in slower} == {"engines"}
     # Series that hardly moved may be left in doubt by the A/B, and rest on both nights instead.
     measured = {f["series"]["metric"] for f in slower if f["evidence"] == "A/B in the same night"}
-    assert {"unet_step", "end_to_end"} & measured, done.stderr
+    assert "unet_step" in measured, done.stderr
     assert "engines/unet_step" in sorted((nights.folder / "runs").glob("*/gate.html"))[-1].read_text()
     assert list((nights.folder / "cache" / "worktrees").iterdir()) == []
     found = nights.bisect(f"{good}..HEAD", "tiny/engines/unet_step")

@@ -1,0 +1,1 @@
+"""Adapter files: what they hold, which layers they change, and by how much."""

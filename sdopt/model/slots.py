@@ -1,0 +1,59 @@
+"""Where LoRAs go in a compiled engine: y = W x + B (A x), with A and B as inputs of the graph.
+
+A slot is a layer that has such a branch. Which layers have one, and up to which rank, is decided when a bundle is
+built; what is in them can change between two steps.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sdopt.errors import UsageError
+
+RANK_LIMIT = 1024
+_SETTING = re.compile(r"^(?:(?P<set>[a-z]+):)?(?P<rank>\d{1,4})$")
+
+
+class SlotSet(StrEnum):
+    """Which layers of the UNet and the text encoders have slots; each set contains the one before."""
+
+    ATTENTION = "attention"
+    """Queries, keys, values and outputs of attention."""
+    TRANSFORMER = "transformer"
+    """And feed-forward layers, and the projections around a UNet's transformers: what most LoRAs were trained on."""
+    ALL = "all"
+    """And every convolution and time embedding of the UNet: LoCon, LCM-LoRA and the like."""
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """`rank` is the most that all adapters that are active together may have."""
+
+    layers: SlotSet
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.layers}:{self.rank}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A layer with a slot, by its name in torch, and the shape of its weight: [out, in], or [out, in, height, width]."""
+
+    layer: str
+    shape: tuple[int, ...]
+
+
+def parse_slots(text: str) -> SlotSettings:
+    """`64` or `attention:64`. Raises `UsageError` that says what is taken."""
+    match = _SETTING.match(text.strip())
+    rank = int(match["rank"]) if match else 0
+    layers = (match["set"] if match else None) or SlotSet.TRANSFORMER
+    if not 1 <= rank <= RANK_LIMIT or layers not in list(SlotSet):
+        raise UsageError(
+            f"LoRA slots are {text!r}, and have to be a rank from 1 to {RANK_LIMIT}, with the layers before it",
+            hint=f"for example 64, attention:64 or all:128; the layers are {', '.join(SlotSet)}",
+        )
+    return SlotSettings(SlotSet(layers), rank)
