@@ -40,7 +40,7 @@ class SlotSettings:
 
 @dataclass(frozen=True)
 class Slot:
-    """A layer with a slot, by its name in torch, and the shape of its weight: [out, in], or [out, in, height, width]."""
+    """A layer with a slot: its name in torch, and its weight's shape there, [out, in] or [out, in, height, width]."""
 
     layer: str
     shape: tuple[int, ...]
