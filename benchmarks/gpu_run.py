@@ -29,6 +29,7 @@ from typing import Any
 import click
 
 from benchmarks.roofline import find_peak_flops
+from sdopt.backends.component_files import component_files
 from sdopt.backends.probes import probe_backend
 from sdopt.bench.case.report import Stage
 from sdopt.bench.measure.roofline import count_flops
@@ -46,7 +47,6 @@ from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, T
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.precision import Precision
-from sdopt.pipeline.load import component_files
 from sdopt.processes.call import call_by_name
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

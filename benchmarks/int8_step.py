@@ -38,8 +38,8 @@ def time_in_child(arguments: JsonTable) -> JsonTable:
     """Open the UNet with the given settings, time it, and keep what it gives for parity's inputs."""
     from safetensors.torch import save_file
 
+    from sdopt.backends.component_files import component_files
     from sdopt.backends.open import open_session
-    from sdopt.pipeline.load import component_files
     from sdopt.trace.seeded_inputs import make_inputs
 
     folder = Path(arguments["folder"])

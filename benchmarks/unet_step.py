@@ -32,8 +32,8 @@ _WARM_UP, _TIMED = 2, 3
 
 def time_in_child(arguments: JsonTable) -> JsonTable:
     """Open the UNet with the given settings and time it; the inputs are parity's."""
+    from sdopt.backends.component_files import component_files
     from sdopt.backends.open import open_session
-    from sdopt.pipeline.load import component_files
     from sdopt.trace.seeded_inputs import make_inputs
 
     folder = Path(arguments["folder"])

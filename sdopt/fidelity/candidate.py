@@ -63,11 +63,11 @@ def open_candidate(
 
     `wrap` is called on each session before the pipeline sees it. Raises what the backends raise.
     """
+    from sdopt.backends.component_files import component_files
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
     from sdopt.pipeline.assemble import assemble_pipeline
-    from sdopt.pipeline.load import component_files
     from sdopt.preflight.plan_choice import choose_plans
 
     plans = choose_plans(folder, manifest, find_machine()) if settings is None else {}

@@ -80,8 +80,8 @@ def run_torch(arguments: JsonTable) -> JsonTable:
     """Entry of the first child."""
     from safetensors.torch import save_file
 
+    from sdopt.backends.component_files import component_files
     from sdopt.fidelity.origin import find_origin
-    from sdopt.pipeline.load import component_files
     from sdopt.trace.reference import load_reference, run_reference
     from sdopt.trace.seeded_inputs import make_inputs
     from sdopt.weights.safetensors_header import read_header
@@ -104,9 +104,9 @@ def run_torch(arguments: JsonTable) -> JsonTable:
 
 def run_candidate(arguments: JsonTable) -> JsonTable:
     """Entry of the second child: a table of `ComponentError` by component."""
+    from sdopt.backends.component_files import component_files
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
-    from sdopt.pipeline.load import component_files
     from sdopt.preflight.plan_choice import choose_plans
 
     folder, outputs = Path(arguments["folder"]), Path(arguments["outputs"])

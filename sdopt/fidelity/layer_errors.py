@@ -207,8 +207,8 @@ def list_values(arguments: JsonTable) -> list[LayerValue]:
 
 
 def _open_files(arguments: JsonTable) -> ComponentFiles:
+    from sdopt.backends.component_files import component_files
     from sdopt.fidelity.origin import find_origin
-    from sdopt.pipeline.load import component_files
 
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     name = ComponentName(arguments["name"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -10,17 +10,15 @@ from pathlib import Path
 import diffusers
 
 from sdopt import progress
+from sdopt.backends.component_files import component_files
 from sdopt.backends.open import open_session
-from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
-from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
-from sdopt.bundle.records import PlanRecord
+from sdopt.bundle.manifest import read_manifest
 from sdopt.model.component import ComponentName
 from sdopt.pipeline.assemble import assemble_pipeline
 from sdopt.pipeline.modules.engine_module import EngineModule
 from sdopt.preflight.runnable import require_runnable, require_sound, require_trusted
-from sdopt.weights.safetensors_header import TensorRef
 
 
 def load_pipeline(
@@ -49,27 +47,6 @@ def load_pipeline(
         pipe = assemble_pipeline(path, manifest, sessions, scheduler=scheduler)
         opened.pop_all()
     return pipe
-
-
-def component_files(
-    folder: Path, manifest: BundleManifest, name: ComponentName, plans: tuple[PlanRecord, ...] = (),
-    origin: Mapping[str, TensorRef] | None = None,
-) -> ComponentFiles:  # fmt: skip
-    """One component of a bundle, as a backend opens it.
-
-    `plans` are those of it that this machine runs, `origin` the checkpoint's tensors where torch opens a quantised one.
-    """
-    return ComponentFiles(
-        folder=folder / name,
-        spec=manifest.require_component(name).spec,
-        config=read_config(folder, name),
-        family=manifest.family,
-        extents=manifest.extents,
-        plans=plans,
-        profiles=manifest.profile_extents,
-        origin=origin,
-        plan_digests={plan.file: manifest.files[plan.file].sha256 for plan in plans if plan.file in manifest.files},
-    )
 
 
 def close_engines(pipe: diffusers.DiffusionPipeline) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdopt.backends.component_files import component_files
 from sdopt.backends.open import backend_for, open_session
 from sdopt.backends.probes import probe_all, probe_backend
 from sdopt.backends.protocol import ComponentFiles, Session
@@ -21,7 +22,6 @@ from sdopt.machine.environment import find_machine
 from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings, OpenVINOSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
-from sdopt.pipeline.load import component_files
 from sdopt.preflight.plan_choice import choose_plans
 from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.weights.to_torch import TORCH_DTYPES

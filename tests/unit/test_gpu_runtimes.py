@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdopt.backends import cuda as gpu_module
+from sdopt.backends.component_files import component_files
 from sdopt.backends.cuda import GpuIdentity, find_gpu, shared_gpu
 from sdopt.backends.onnxruntime import CudaSession, OnnxRuntimeBackend
 from sdopt.backends.open import open_session
@@ -20,7 +21,6 @@ from sdopt.bundle.manifest import read_manifest
 from sdopt.errors import BackendError, MissingHardware
 from sdopt.model.backend_settings import OnnxRuntimeSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
-from sdopt.pipeline.load import component_files
 from sdopt.trace.seeded_inputs import make_inputs
 from tests.tensorrt_double import HostGpu
 

@@ -61,7 +61,7 @@ def find_roof(folder: Path, manifest: BundleManifest, timeout_s: float) -> Roof:
 
 def measure_roofline(arguments: JsonTable) -> JsonTable:
     """Entry of a child: `flops` of each component of the bundle, and `roofline`, as the report takes both."""
-    from sdopt.pipeline.load import component_files
+    from sdopt.backends.component_files import component_files
 
     folder, manifest = Path(arguments["folder"]), BundleManifest.model_validate_json(arguments["manifest"])
     progress.update("measuring what the machine can do", 0.0)

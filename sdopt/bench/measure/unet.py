@@ -41,7 +41,7 @@ def write_inputs(folder: Path, manifest: BundleManifest, path: Path) -> None:
     """Parity's seeded inputs of the UNet at the bundle's usual size, as one file for every candidate."""
     from safetensors.torch import save_file
 
-    from sdopt.pipeline.load import component_files
+    from sdopt.backends.component_files import component_files
     from sdopt.trace.seeded_inputs import make_inputs
 
     files = component_files(folder, manifest, ComponentName.UNET)
@@ -55,11 +55,12 @@ def measure_unet(arguments: JsonTable) -> JsonTable:
     The scene's file of inputs is that of `write_inputs` and holds one guided step: its batch has both halves. Samples
     are under `Stage.UNET_STEP`, energy is that of a step, and the first picture is the first step.
     """
-    importlib.import_module("sdopt.pipeline.load")  # torch and diffusers, which are not the candidate's to load
+    settings = parse_settings(arguments["settings"])
+    # What is not the candidate's own to load.
+    importlib.import_module("sdopt.networks.modules" if isinstance(settings, TorchSettings) else "torch")
     imported = Milestone.reach()
     manifest = BundleManifest.model_validate_json(arguments["manifest"])
     label, effort = str(arguments["label"]), Effort(**arguments["effort"])
-    settings = parse_settings(arguments["settings"])
     gpu = find_own_gpu(manifest, settings)
     progress.update(f"{label}: opening", 0.0)
     clock = Clock()
@@ -118,10 +119,10 @@ def require_finite(outputs: Mapping[str, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def open_unet(folder: Path, manifest: BundleManifest, settings: BackendSettings | None) -> Iterator[Session]:
     """The bundle's UNet with `settings`, or as the manifest names it. Raises what the backends raise."""
+    from sdopt.backends.component_files import component_files
     from sdopt.backends.open import open_session
     from sdopt.fidelity.origin import find_origin
     from sdopt.machine.environment import find_machine
-    from sdopt.pipeline.load import component_files
     from sdopt.preflight.plan_choice import choose_plans
 
     name = ComponentName.UNET

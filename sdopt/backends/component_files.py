@@ -1,0 +1,33 @@
+"""A component of a bundle, as a backend opens it. Imports no runtime: children that open one engine start quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdopt.backends.protocol import ComponentFiles
+from sdopt.bundle.manifest import BundleManifest, read_config
+from sdopt.bundle.records import PlanRecord
+from sdopt.model.component import ComponentName
+from sdopt.weights.safetensors_header import TensorRef
+
+
+def component_files(
+    folder: Path, manifest: BundleManifest, name: ComponentName, plans: tuple[PlanRecord, ...] = (),
+    origin: Mapping[str, TensorRef] | None = None,
+) -> ComponentFiles:  # fmt: skip
+    """One component of a bundle, as a backend opens it.
+
+    `plans` are those of it that this machine runs, `origin` the checkpoint's tensors where torch opens a quantised one.
+    """
+    return ComponentFiles(
+        folder=folder / name,
+        spec=manifest.require_component(name).spec,
+        config=read_config(folder, name),
+        family=manifest.family,
+        extents=manifest.extents,
+        plans=plans,
+        profiles=manifest.profile_extents,
+        origin=origin,
+        plan_digests={plan.file: manifest.files[plan.file].sha256 for plan in plans if plan.file in manifest.files},
+    )
