@@ -24,6 +24,8 @@ class EngineSession(ABC):
     def __init__(self, component: ComponentFiles, engine: Any) -> None:
         self._component = component
         self.engine: Any = engine
+        self.bound: Mapping[str, torch.Tensor] = {}
+        """Inputs beside those of `spec` that every run takes, such as what is in LoRA slots."""
         # Runtimes keep the buffers of one run in an open engine, and some refuse a second run meanwhile.
         self._running = threading.RLock()
 
@@ -49,6 +51,19 @@ class EngineSession(ABC):
             if self.engine is None:
                 raise BackendError(f"the session of {self.spec.name} is closed")
             return self._compute(inputs)
+
+    def bind(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Give these inputs of the graph, which are not in `spec`, to every run from now on.
+
+        They are kept as they are, on the session's device, until others are bound; the shapes may change each time.
+        """
+        with self._running:
+            if self.engine is None:
+                raise BackendError(f"the session of {self.spec.name} is closed")
+            self._bind({name: value.detach().to(self.device).contiguous() for name, value in inputs.items()})
+
+    def _bind(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        self.bound = inputs
 
     @abstractmethod
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

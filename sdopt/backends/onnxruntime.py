@@ -19,6 +19,7 @@ from sdopt.backends.protocol import ComponentFiles, axis_sizes
 from sdopt.errors import BackendError, MissingDependency
 from sdopt.model.backend_settings import OnnxRuntimeSettings
 from sdopt.model.component import TensorSpec, vae_factor
+from sdopt.model.precision import DType
 from sdopt.weights.dtypes import numpy_dtype
 from sdopt.weights.to_torch import TORCH_DTYPES
 
@@ -70,7 +71,7 @@ def _open(component: ComponentFiles, options: Any, providers: list[Any]) -> Any:
 
 class OnnxRuntimeSession(EngineSession):
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
+        feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in {**self.bound, **inputs}.items()}
         names = [tensor.name for tensor in self.spec.outputs]
         try:
             outputs = self.engine.run(names, feeds)
@@ -102,20 +103,22 @@ class CudaSession(OnnxRuntimeSession):
             }
             binding = self.engine.io_binding()
             for tensor in self.spec.inputs:
-                binding.bind_input(*self._place(tensor, moved[tensor.name]))
+                binding.bind_input(*self._place(tensor.name, tensor.dtype, moved[tensor.name]))
+            for name, value in self.bound.items():
+                binding.bind_input(*self._place(name, self.spec.outputs[0].dtype, value))
             for tensor in self.spec.outputs:
-                binding.bind_output(*self._place(tensor, outputs[tensor.name]))
+                binding.bind_output(*self._place(tensor.name, tensor.dtype, outputs[tensor.name]))
             try:
                 self.engine.run_with_iobinding(binding)
             except Exception as error:
                 raise BackendError(f"ONNX Runtime failed in {self.spec.name}: {error}") from error
         return outputs
 
-    def _place(self, tensor: TensorSpec, value: torch.Tensor) -> tuple[Any, ...]:
+    def _place(self, name: str, dtype: DType, value: torch.Tensor) -> tuple[Any, ...]:
         """As `bind_input` and `bind_output` take it: name, device, element type, shape, address."""
         device = self._gpu.device
         shape = tuple(value.shape)
-        return tensor.name, device.type, device.index or 0, numpy_dtype(tensor.dtype), shape, value.data_ptr()
+        return name, device.type, device.index or 0, numpy_dtype(dtype), shape, value.data_ptr()
 
     def _shape(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The outputs of a VAE have sides that its inputs have not: the same picture in pixels, or in latents."""

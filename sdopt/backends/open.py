@@ -34,5 +34,9 @@ def backend_for(settings: BackendSettings) -> Backend:
 
 
 def open_session(component: ComponentFiles, settings: BackendSettings) -> Session:
-    """Open a component on the backend of `settings`."""
-    return backend_for(settings).open(component)
+    """Open a component on the backend of `settings`; one with LoRA slots can have them filled."""
+    if component.slots is None or isinstance(settings, TorchSettings):
+        return backend_for(settings).open(component)
+    from sdopt.backends.slotted_session import SlottedSession
+
+    return SlottedSession(component, settings, lambda files, own: backend_for(own).open(files))

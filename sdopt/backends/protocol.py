@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from sdopt.bundle.again import variant_command
-from sdopt.bundle.records import PlanRecord
+from sdopt.bundle.records import PlanRecord, SlotsRecord
 from sdopt.errors import ShapeError
 from sdopt.model.component import ComponentName, ComponentSpec, Config
 from sdopt.model.family import Family
@@ -57,6 +57,8 @@ class ComponentFiles:
     graph_name: str = GRAPH_NAME
     origin: Mapping[str, TensorRef] | None = None
     """The checkpoint's tensors, for torch, where the weight file holds quantised ones."""
+    slots: SlotsRecord | None = None
+    """Of the graph with LoRA slots, which lies beside the other."""
 
     @property
     def name(self) -> ComponentName:

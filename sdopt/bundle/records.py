@@ -13,6 +13,7 @@ from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
+from sdopt.model.slots import Slot, SlotSet
 
 
 class SourceRecord(Record):
@@ -181,6 +182,19 @@ class QuantizationRecord(Record):
         )
 
 
+class SlotsRecord(Record):
+    """A second graph of a component, over the same weight file: with LoRA slots."""
+
+    layers: SlotSet
+    rank: int
+    """The most that all adapters that are active together may have."""
+    slots: tuple[Slot, ...]
+    audit: GraphAudit
+    parity: ParityRecord | None = None
+    """Of the 16-bit graph with a seeded adapter in every slot, against torch with the changed weights."""
+    plans: tuple[PlanRecord, ...] = ()
+
+
 class ComponentRecord(Record):
     spec: ComponentSpec
     precision: Precision
@@ -196,6 +210,8 @@ class ComponentRecord(Record):
     """Of the graph in `precision`, before layers were quantised."""
     quantization: QuantizationRecord | None = None
     plans: tuple[PlanRecord, ...] = ()
+    slots: SlotsRecord | None = None
+    """Null where the bundle was built without LoRA slots."""
 
     @property
     def is_quantized(self) -> bool:

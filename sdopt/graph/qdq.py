@@ -10,7 +10,7 @@ No weight is read: scales are initializers by name, too, so one graph fits every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,25 +18,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from sdopt.errors import ExportError
+from sdopt.graph.sites import WeightedLayer, WeightSite, find_sites, weight_name
 from sdopt.model.quantization import INT4_BLOCK, Scheme
 
-_COMPUTE = ("Conv", "MatMul", "Gemm")
 _WEIGHT_TYPES = {Scheme.FP8: ir.DataType.FLOAT8E4M3FN, Scheme.INT4_WEIGHTS: ir.DataType.INT4}
-
-
-@dataclass(frozen=True)
-class QuantizableLayer:
-    """A layer with a weight: its name in torch, and the weight's shape there. `op` is its node in the graph."""
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-
-    def takes(self, scheme: Scheme) -> bool:
-        """Whether the layer can be quantised so: a table has no activations, INT4 wants whole blocks of inputs."""
-        if self.op == "Gather":
-            return scheme is Scheme.INT8_WEIGHTS
-        return scheme is not Scheme.INT4_WEIGHTS or (len(self.shape) == 2 and self.shape[1] % INT4_BLOCK == 0)
 
 
 @dataclass(frozen=True)
@@ -47,8 +32,11 @@ class LayerChoice:
     smooth: bool = False
 
 
-def weight_name(layer: str) -> str:
-    return f"{layer}.weight"
+def takes(layer: WeightedLayer, scheme: Scheme) -> bool:
+    """Whether a layer can be quantised so: a table has no activations, INT4 wants whole blocks of inputs."""
+    if layer.op == "Gather":
+        return scheme is Scheme.INT8_WEIGHTS
+    return scheme is not Scheme.INT4_WEIGHTS or (len(layer.shape) == 2 and layer.shape[1] % INT4_BLOCK == 0)
 
 
 def weight_scale_name(layer: str) -> str:
@@ -63,60 +51,18 @@ def smooth_name(layer: str) -> str:
     return f"{layer}.smooth"
 
 
-def list_layers(model: ir.Model) -> dict[str, QuantizableLayer]:
-    """The layers of a graph that can be quantised, by name in the order of the graph."""
-    return {site.layer.name: site.layer for site in _find_sites(model.graph)}
-
-
-@dataclass(frozen=True)
-class _Site:
-    """Where a layer's weight comes in: `node` takes `weight` as its input `index`; `cast` widens it before."""
-
-    layer: QuantizableLayer
-    weight: ir.Value
-    cast: ir.Node | None
-    user: ir.Node
-    index: int
-    node: ir.Node
-
-
-def _find_sites(graph: ir.Graph) -> Iterator[_Site]:
-    for name, weight in graph.initializers.items():
-        if not name.endswith(".weight") or weight.shape is None or len(weight.shape) < 2:
-            continue
-        value, cast = weight, None
-        uses = list(value.uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Cast":
-            cast = uses[0].node
-            value = cast.outputs[0]
-            uses = list(value.uses())
-        if len(uses) != 1:
-            continue  # a weight that two layers share has two inputs to calibrate
-        user, index = uses[0]
-        node = user
-        if user.op_type == "Transpose":
-            after = list(user.outputs[0].uses())
-            if len(after) != 1:
-                continue
-            node = after[0].node
-        if node.op_type in _COMPUTE or (node.op_type == "Gather" and node is user and index == 0):
-            shape = tuple(int(side) for side in weight.shape.numpy())
-            layer = QuantizableLayer(name.removesuffix(".weight"), node.op_type, shape)
-            yield _Site(layer, weight, cast, user, index, node)
-
-
 def insert_qdq(model: ir.Model, choices: Mapping[str, LayerChoice]) -> None:
     """Quantise the named layers, in place. The new initializers have types and shapes, and no data yet.
 
     Raises `ExportError` for a layer that is not there, or that does not take its scheme.
     """
-    sites = {site.layer.name: site for site in _find_sites(model.graph)}
+    sites = {site.layer.name: site for site in find_sites(model.graph)}
     if missing := choices.keys() - sites.keys():
         raise ExportError(f"the graph has no layer {min(missing)!r} to quantise")
     inputs = _Inputs(model.graph)
     for name, choice in choices.items():
         site = sites[name]
-        if not site.layer.takes(choice.scheme):
+        if not takes(site.layer, choice.scheme):
             raise ExportError(f"the layer {name!r} ({site.layer.op}) cannot be quantised to {choice.scheme}")
         dtype = (site.weight if site.cast is None else site.cast.outputs[0]).dtype
         assert dtype is not None
@@ -142,7 +88,7 @@ def _add_node(
     return node.outputs[0]
 
 
-def _replace_weight(graph: ir.Graph, site: _Site, dtype: ir.DataType) -> ir.Value:
+def _replace_weight(graph: ir.Graph, site: WeightSite, dtype: ir.DataType) -> ir.Value:
     """The weight as an initializer of the stored type `dtype`, under its own name; nothing uses it yet."""
     site.user.replace_input_with(site.index, None)
     if site.cast is not None:
@@ -151,7 +97,7 @@ def _replace_weight(graph: ir.Graph, site: _Site, dtype: ir.DataType) -> ir.Valu
     return _add_initializer(graph, weight_name(site.layer.name), site.layer.shape, dtype)
 
 
-def _quantize_weight(graph: ir.Graph, site: _Site, scheme: Scheme, dtype: ir.DataType) -> None:
+def _quantize_weight(graph: ir.Graph, site: WeightSite, scheme: Scheme, dtype: ir.DataType) -> None:
     name, shape = site.layer.name, site.layer.shape
     stored = _replace_weight(graph, site, _WEIGHT_TYPES.get(scheme, ir.DataType.INT8))
     attributes, scale_shape = {"axis": 0}, shape[:1]
@@ -172,7 +118,7 @@ class _Inputs:
         self._made: dict[tuple[ir.Value, Scheme], ir.Value] = {}
         self._zeros: dict[Scheme, ir.Value] = {}
 
-    def quantize(self, site: _Site, choice: LayerChoice, dtype: ir.DataType) -> None:
+    def quantize(self, site: WeightSite, choice: LayerChoice, dtype: ir.DataType) -> None:
         name, value = site.layer.name, site.node.inputs[0]
         assert value is not None
         if choice.smooth:

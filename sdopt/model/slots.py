@@ -6,6 +6,7 @@ built; what is in them can change between two steps.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,9 @@ from enum import StrEnum
 from sdopt.errors import UsageError
 
 RANK_LIMIT = 1024
+# Of diffusers' UNets, and of transformers' CLIP.
+_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+_AROUND_ATTENTION = (".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out", ".fc1", ".fc2")
 _SETTING = re.compile(r"^(?:(?P<set>[a-z]+):)?(?P<rank>\d{1,4})$")
 
 
@@ -57,3 +61,29 @@ def parse_slots(text: str) -> SlotSettings:
             hint=f"for example 64, attention:64 or all:128; the layers are {', '.join(SlotSet)}",
         )
     return SlotSettings(SlotSet(layers), rank)
+
+
+def input_names(layer: str) -> tuple[str, str]:
+    """What the two inputs of a layer's slot are called in the graph: A, which is applied first, and B."""
+    return f"{layer}.lora_A", f"{layer}.lora_B"
+
+
+def wants_slot(layers: SlotSet, layer: str) -> bool:
+    """Whether a layer of the UNet or of a text encoder has a slot in this set, by its name in torch."""
+    if layers is SlotSet.ALL:
+        return True
+    ends = _ATTENTION if layers is SlotSet.ATTENTION else (*_ATTENTION, *_AROUND_ATTENTION)
+    return f".{layer}".endswith(ends)
+
+
+def slot_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B for a layer whose weight has `shape`.
+
+    A linear layer is multiplied from the right: [in, rank] and [rank, out]. A convolution of 1x1 is a product from the
+    left, [rank, in] and [out, rank]; a larger one has the taps of its kernel first, [height * width, rank, in].
+    """
+    out_channels, in_channels, *kernel = shape
+    if not kernel:
+        return (in_channels, rank), (rank, out_channels)
+    taps = math.prod(kernel)
+    return ((rank, in_channels) if taps == 1 else (taps, rank, in_channels)), (out_channels, rank)

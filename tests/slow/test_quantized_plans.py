@@ -26,7 +26,7 @@ from sdopt.bundle.records import PlanAudit
 from sdopt.convert.blocks.write import StockJob, find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
 from sdopt.errors import AuditError, BackendError
-from sdopt.graph.qdq import LayerChoice
+from sdopt.graph.qdq import LayerChoice, takes
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
@@ -83,7 +83,7 @@ def quantise(
     choices = {
         name: LayerChoice(scheme)
         for name, layer in layers.items()
-        if layer.takes(scheme) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
+        if takes(layer, scheme) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
     }
     scales = stock_folder / "scales.safetensors"
     save_file({f"{name}.input_amax": torch.tensor(4.0) for name in choices}, scales)

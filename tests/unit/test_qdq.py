@@ -27,7 +27,8 @@ from sdopt.backends.protocol import Session, ShowsKernels
 from sdopt.convert.blocks.write import Stock, StockJob, find_layers, publish_choice, stock_in_child, write_trial
 from sdopt.errors import ExportError
 from sdopt.graph.external_data import check_graph_file
-from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers
+from sdopt.graph.qdq import LayerChoice, insert_qdq, takes
+from sdopt.graph.sites import WeightedLayer, list_layers
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
@@ -374,7 +375,7 @@ def test_a_table_is_widened_before_it_is_looked_up(layers: Layers) -> None:
 def test_weights_of_two_layers_and_of_no_matrix_are_no_layers(layers: Layers) -> None:
     found = find_layers(layers.folder)
     assert sorted(found) == ["conv", "first", "gemm", "second", "table"]
-    assert found["second"] == QuantizableLayer("second", "MatMul", (24, 256))
+    assert found["second"] == WeightedLayer("second", "MatMul", (24, 256))
     assert {name: layer.op for name, layer in found.items() if layer.op != "MatMul"} == {
         "conv": "Conv", "gemm": "Gemm", "table": "Gather",
     }  # fmt: skip
@@ -390,16 +391,16 @@ def test_an_unknown_layer_is_named(name: str, layers: Layers) -> None:
 @pytest.mark.parametrize(("name", "scheme"), [("table", INT8), ("table", FP8), ("table", W4), ("conv", W4)])
 def test_a_scheme_that_a_layer_does_not_take_is_refused(name: str, scheme: Scheme, layers: Layers) -> None:
     model = ir.load(layers.folder / "model.onnx")
-    assert not list_layers(model)[name].takes(scheme)
+    assert not takes(list_layers(model)[name], scheme)
     with pytest.raises(ExportError, match=f"'{name}'.*cannot be quantised to {scheme}"):
         insert_qdq(model, choose(scheme, name))
 
 
 def test_int4_takes_whole_blocks_alone() -> None:
-    assert QuantizableLayer("a", "MatMul", (5, 256)).takes(W4)
-    assert not QuantizableLayer("a", "MatMul", (256, 96)).takes(W4)
-    assert not QuantizableLayer("a", "Conv", (8, 128, 1, 1)).takes(W4)
-    assert QuantizableLayer("a", "Conv", (8, 128, 1, 1)).takes(W8)
+    assert takes(WeightedLayer("a", "MatMul", (5, 256)), W4)
+    assert not takes(WeightedLayer("a", "MatMul", (256, 96)), W4)
+    assert not takes(WeightedLayer("a", "Conv", (8, 128, 1, 1)), W4)
+    assert takes(WeightedLayer("a", "Conv", (8, 128, 1, 1)), W8)
 
 
 def test_a_weight_without_a_place_or_of_another_size_is_named(layers: Layers) -> None:

@@ -41,7 +41,8 @@ from sdopt.disk.staging import Staging
 from sdopt.disk.store import Store
 from sdopt.errors import CalibrationError, FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
-from sdopt.graph.qdq import LayerChoice, QuantizableLayer
+from sdopt.graph.qdq import LayerChoice
+from sdopt.graph.sites import WeightedLayer
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings
 from sdopt.model.component import ComponentName, ComponentSpec, TensorSpec, Tolerance
 from sdopt.model.family import Family
@@ -485,11 +486,11 @@ def test_the_gentlest_block_tells_why_nothing_is_quantised() -> None:
 
 def test_layers_are_grouped_and_what_does_not_take_the_scheme_is_left_out() -> None:
     layers = [
-        QuantizableLayer("conv_in", "Conv", (8, 4, 3, 3)),
-        QuantizableLayer("mid_block.resnets.0.conv1", "Conv", (8, 8, 3, 3)),
-        QuantizableLayer("mid_block.attentions.0.to_q", "MatMul", (8, 128)),
-        QuantizableLayer("mid_block.attentions.0.to_k", "MatMul", (8, 96)),
-        QuantizableLayer("embedding", "Gather", (8, 128)),
+        WeightedLayer("conv_in", "Conv", (8, 4, 3, 3)),
+        WeightedLayer("mid_block.resnets.0.conv1", "Conv", (8, 8, 3, 3)),
+        WeightedLayer("mid_block.attentions.0.to_q", "MatMul", (8, 128)),
+        WeightedLayer("mid_block.attentions.0.to_k", "MatMul", (8, 96)),
+        WeightedLayer("embedding", "Gather", (8, 128)),
     ]
 
     def group(scheme: Scheme, *, smooth: bool = False) -> dict[str, dict[str, LayerChoice]]:

@@ -38,21 +38,12 @@ from sdopt.trace.seeded_inputs import make_inputs
 from sdopt.trace.trace import trace_component
 from sdopt.weights.safetensors_header import TensorRef, read_header
 from sdopt.weights.stream import storage_layout, write_weights
-from tests.checkpoints import make_model, small_recipe, write_folder
 
 # The networks are too small to share out, and tests run beside each other.
 torch.set_num_threads(1)
 
 STATIC = ShapeProfile.static(height_px=32, width_px=64)
 DYNAMIC = ShapeProfile(Extent(1, 1, 3), Extent(32, 32, 128), Extent(32, 64, 128))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {
-        family: write_folder(folder / family, make_model(small_recipe(family))) for family in (Family.SD1, Family.SDXL)
-    }
 
 
 @cache

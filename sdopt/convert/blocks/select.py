@@ -28,7 +28,8 @@ from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import record_file
 from sdopt.errors import FidelityError
 from sdopt.fidelity.scene import DEFAULT_PROMPTS
-from sdopt.graph.qdq import LayerChoice, QuantizableLayer
+from sdopt.graph.qdq import LayerChoice, takes
+from sdopt.graph.sites import WeightedLayer
 from sdopt.model.backend_settings import BackendSettings, TensorRTSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
@@ -135,12 +136,12 @@ def _prepare(build: Build, name: ComponentName, trajectories: Trajectories) -> C
 
 
 def _group_layers(
-    settings: ComponentQuantization, layers: Iterable[QuantizableLayer], *, smooth: bool
+    settings: ComponentQuantization, layers: Iterable[WeightedLayer], *, smooth: bool
 ) -> dict[str, dict[str, LayerChoice]]:
     groups: dict[str, dict[str, LayerChoice]] = {}
     for layer in layers:
         group = settings.group_of(layer.name)
-        if group and layer.takes(settings.scheme):
+        if group and takes(layer, settings.scheme):
             smoothed = smooth and settings.scheme.quantizes_activations and layer.op != "Conv"
             groups.setdefault(group, {})[layer.name] = LayerChoice(settings.scheme, smoothed)
     return groups

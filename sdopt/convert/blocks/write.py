@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.files import write_file
-from sdopt.graph.qdq import LayerChoice, QuantizableLayer, insert_qdq, list_layers, weight_name
+from sdopt.graph.qdq import LayerChoice, insert_qdq
+from sdopt.graph.sites import WeightedLayer, list_layers, weight_name
 from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.precision import DType
 from sdopt.processes.call import call
@@ -36,7 +37,7 @@ class Stock:
     choices: Mapping[str, LayerChoice]
 
 
-def find_layers(folder: Path) -> dict[str, QuantizableLayer]:
+def find_layers(folder: Path) -> dict[str, WeightedLayer]:
     """The layers of the graph in `folder` that can be quantised."""
     return list_layers(ir.load(folder / GRAPH_NAME))
 

@@ -1,0 +1,190 @@
+"""A component with LoRA slots: two engines over one weight file, of which one runs.
+
+While no adapter is in the slots the plain engine runs, so that a picture without a LoRA costs nothing and has the same
+bytes as ever. Runtimes keep their own copy of the weights in each open engine: where the machine has no room for two,
+the one that does not run is closed, and opened again when it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+import psutil
+import torch
+
+from sdopt import progress
+from sdopt.backends.engine_session import EngineSession
+from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session
+from sdopt.bundle.records import SlotsRecord
+from sdopt.errors import BackendError
+from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings
+from sdopt.model.component import ComponentSpec
+from sdopt.model.file_names import SLOTS_GRAPH_NAME
+from sdopt.model.shape import Extent
+from sdopt.model.slots import Slot, input_names, slot_shapes
+from sdopt.weights.to_torch import TORCH_DTYPES
+
+Open = Callable[[ComponentFiles, BackendSettings], Session]
+# Of free memory for each byte of the weight file: 16 bits that an engine widens to fp32, and room to run.
+_ROOM = 2.5
+
+
+class SlottedSession:
+    """A `Session` whose LoRA slots `set_slots` fills. `open_engine` opens one engine of the component.
+
+    Kernels and memory are those of the engine that runs.
+    """
+
+    def __init__(self, component: ComponentFiles, settings: BackendSettings, open_engine: Open) -> None:
+        assert component.slots is not None
+        self.slots: SlotsRecord = component.slots
+        self._component, self._settings, self._open_engine = component, settings, open_engine
+        self._by_layer = {slot.layer: slot for slot in self.slots.slots}
+        self._filled: Mapping[str, torch.Tensor] = {}
+        self._turn = threading.RLock()
+        self._closed = False
+        self._plain: EngineSession | None = self._open(dataclasses.replace(component, slots=None))
+        self._slotted: EngineSession | None = None
+        self._device = self._plain.device
+
+    def _open(self, files: ComponentFiles) -> EngineSession:
+        engine = self._open_engine(files, self._settings)
+        assert isinstance(engine, EngineSession), "torch has no slots"
+        return engine
+
+    @property
+    def spec(self) -> ComponentSpec:
+        return self._component.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def extents(self) -> Mapping[str, Extent]:
+        return self._component.extents
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
+        return self._component.profiles or (self.extents,)
+
+    @property
+    def least_rank(self) -> int:
+        """Of a slot without an adapter. ONNX Runtime 1.31 computes convolutions of 0 rows wrongly."""
+        return 1 if isinstance(self._settings, OnnxRuntimeSettings) else 0
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.spec.outputs[0].dtype]
+
+    def slot_of(self, layer: str) -> Slot | None:
+        return self._by_layer.get(layer)
+
+    def set_slots(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill slots, from the next run on, with tensors by the names of `input_names`; nothing empties all of them.
+
+        A and B of one layer have one rank, from 1 to that of the slots; the shapes are those of `slot_shapes`. The
+        tensors are used where they are, until others are set. Raises `BackendError` for tensors that do not fit.
+        """
+        with self._turn:
+            if not tensors:
+                self._filled = {}
+                return
+            complete = self._complete(tensors)
+            self._engine(slotted=True).bind(complete)
+            self._filled = tensors
+
+    def _complete(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All inputs of the slots: those without an adapter get the least rank, of zeros."""
+        complete: dict[str, torch.Tensor] = {}
+        left = dict(tensors)
+        for slot in self.slots.slots:
+            names = input_names(slot.layer)
+            pair = [left.pop(name, None) for name in names]
+            if pair == [None, None]:
+                shapes = slot_shapes(slot.shape, self.least_rank)
+                pair = [torch.zeros(shape, dtype=self.slot_dtype, device=self.device) for shape in shapes]
+            self._require_fits(slot, pair)
+            complete |= {name: value for name, value in zip(names, pair, strict=True) if value is not None}
+        if left:
+            raise BackendError(f"{self.spec.name}: the engine has no slot {min(left)!r}")
+        return complete
+
+    def _require_fits(self, slot: Slot, pair: list[torch.Tensor | None]) -> None:
+        given = [None if value is None else tuple(value.shape) for value in pair]
+        ranks = range(self.least_rank, self.slots.rank + 1)
+        if given[0] is None or all(tuple(given) != slot_shapes(slot.shape, rank) for rank in ranks):
+            raise BackendError(f"{self.spec.name}: {given} do not fit the slot of {slot.layer}, up to rank {ranks[-1]}")
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with self._turn:
+            return self._engine(slotted=bool(self._filled)).run(inputs)
+
+    def _engine(self, *, slotted: bool) -> EngineSession:
+        if self._closed:
+            raise BackendError(f"the session of {self.spec.name} is closed")
+        engine = self._slotted if slotted else self._plain
+        if engine is not None:
+            return engine
+        other = self._plain if slotted else self._slotted
+        if other is not None and not self._has_room():
+            other.close()
+            self._plain = self._slotted = None
+        progress.update(f"opening {self.spec.name} {'with' if slotted else 'without'} LoRA slots", 0.0)
+        files = dataclasses.replace(self._component, slots=None)
+        if slotted:
+            files = dataclasses.replace(files, graph_name=SLOTS_GRAPH_NAME, plans=self.slots.plans)
+        engine = self._open(files)
+        if slotted:
+            self._slotted = engine
+            if self._filled:
+                engine.bind(self._complete(self._filled))
+        else:
+            self._plain = engine
+        return engine
+
+    def _has_room(self) -> bool:
+        needed = _ROOM * self._component.weights.stat().st_size
+        if self.device.type == "cuda":
+            return bool(torch.cuda.mem_get_info(self.device)[0] > needed)
+        return bool(psutil.virtual_memory().available > needed)
+
+    def integer_layers(self) -> int:
+        engine = self._engine(slotted=bool(self._filled))
+        count = getattr(engine, "integer_layers", None)
+        if count is None:
+            raise BackendError(f"{type(engine).__name__} does not show its kernels")
+        return int(count())
+
+    def memory(self) -> MemoryUse:
+        return self._engine(slotted=bool(self._filled)).memory()
+
+    def close(self) -> None:
+        with self._turn:
+            for engine in (self._plain, self._slotted):
+                if engine is not None:
+                    engine.close()
+            self._plain = self._slotted = None
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def find_slotted(session: Session) -> SlottedSession | None:
+    """The session whose slots can be filled, below whatever wraps it."""
+    while not isinstance(session, SlottedSession):
+        inner = getattr(session, "inner", None)
+        if inner is None:
+            return None
+        session = inner
+    return session
