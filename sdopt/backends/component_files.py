@@ -23,6 +23,7 @@ def component_files(
     return ComponentFiles(
         folder=folder / name,
         spec=manifest.require_component(name).spec,
+        slots=manifest.components[name].slots,
         config=read_config(folder, name),
         family=manifest.family,
         extents=manifest.extents,

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 )
 @click.option("--ema", is_flag=True, default=None, help="Take the checkpoint's EMA copy of the UNet.")
 @click.option(
+    "--lora-slots",
+    metavar="SLOTS",
+    help="Slots for LoRAs of this rank that change without a rebuild: 64, or attention:64, or all:64.",
+)
+@click.option(
     "--require-fused", is_flag=True, default=None,
     help="Refuse a UNet or text encoder with attention that has no dedicated kernel.",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.bundle.records import GraphAudit, ParityRecord
+from sdopt.bundle.records import GraphAudit, ParityRecord, SlotsRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import FileRecord
 from sdopt.disk.staging import Staging
@@ -54,6 +54,7 @@ class Build:
     graphs: dict[ComponentName, tuple[Path, GraphAudit]] = field(default_factory=dict)
     weights: Mapping[ComponentName, FileRecord] = field(default_factory=dict)
     parity: Mapping[ComponentName, ParityRecord] = field(default_factory=dict)
+    slots: Mapping[ComponentName, SlotsRecord] = field(default_factory=dict)
     plans: list[MadePlan] = field(default_factory=list)
     draft: BundleManifest | None = None
     """The manifest as it grows: of the staged 16-bit bundle first, then quantised, with plans, judged."""

@@ -14,7 +14,7 @@ from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import record_file
 from sdopt.disk.staging import drop_unknown
 from sdopt.machine.environment import describe_machine
-from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, WEIGHTS_NAME
+from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, SLOTS_GRAPH_NAME, WEIGHTS_NAME
 
 
 def draft_manifest(build: Build) -> BundleManifest:
@@ -71,6 +71,7 @@ def record_files(build: Build) -> BundleManifest:
     known |= {made.records[0].file: made.file for made in build.plans}
     keep = set(known)
     keep |= {f"{name}/{file}" for name in plan.components for file in (GRAPH_NAME, CONFIG_NAME)}
+    keep |= {f"{name}/{SLOTS_GRAPH_NAME}" for name in build.slots}
     keep |= {"model_index.json", "README.md", "scheduler/scheduler_config.json"}
     for kind in plan.checkpoint.tokenizers:
         keep |= {path.relative_to(folder).as_posix() for path in (folder / kind).iterdir()}

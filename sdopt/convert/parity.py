@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from sdopt import progress
 from sdopt.backends.probes import probe_backend
-from sdopt.bundle.records import ParityRecord
+from sdopt.bundle.records import ParityRecord, SlotsRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.shelf import Shelf
@@ -27,6 +27,11 @@ from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import TensorRef
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdopt.backends.slotted_session import SlottedSession
+
 SHELF = Shelf("parity", ParityRecord)
 
 
@@ -34,7 +39,8 @@ SHELF = Shelf("parity", ParityRecord)
 class ParityJob:
     """One component for both children, compared at the usual sizes of each of `points`.
 
-    `folder` holds its graph and weights, `tensors` are the checkpoint's.
+    `folder` holds its graph and weights, `tensors` are the checkpoint's. With `slots`, the graph is the one with LoRA
+    slots, and both run with a seeded adapter in all of them.
     """
 
     spec: ComponentSpec
@@ -46,6 +52,7 @@ class ParityJob:
     folder: Path
     graph_dtype: DType
     runtime: BackendSettings
+    slots: SlotsRecord | None = None
 
 
 _JOBS = TypeAdapter(list[ParityJob])
@@ -123,32 +130,36 @@ def prove_parity(
             records[name] = record
     for name, record in records.items():
         if not record.passed:
-            raise _describe_failure(name, record)
+            raise describe_failure(name, record)
     return records
 
 
 def _measure(
     plan: BuildPlan, names: list[ComponentName], staging: Path, work: Path
 ) -> dict[ComponentName, ParityRecord]:
-    jobs = [_describe_job(plan, name, staging) for name in names]
+    return run_jobs([describe_job(plan, name, staging) for name in names], work)
+
+
+def run_jobs(jobs: Sequence[ParityJob], work: Path) -> dict[ComponentName, ParityRecord]:
+    """Measure each job, one of a component; torch's outputs are kept under `work` meanwhile."""
     arguments = {
-        "jobs": _JOBS.dump_python(jobs, mode="json"),
+        "jobs": _JOBS.dump_python(list(jobs), mode="json"),
         "work": str(work),
     }
     call(run_torch_in_child, arguments)
     outcome = call(run_engines_in_child, arguments)
-    return {name: ParityRecord.model_validate(outcome.value[name]) for name in names}
+    return {job.spec.name: ParityRecord.model_validate(outcome.value[job.spec.name]) for job in jobs}
 
 
-def _describe_job(plan: BuildPlan, name: ComponentName, staging: Path) -> ParityJob:
+def describe_job(plan: BuildPlan, name: ComponentName, staging: Path, slots: SlotsRecord | None = None) -> ParityJob:
     part = plan.components[name]
     return ParityJob(
         part.spec, dict(part.config), plan.checkpoint.family, dict(plan.extents), list_points(plan, name),
-        dict(part.tensors), staging / name, part.graph_dtype, choose_runtime(part.graph_dtype),
+        dict(part.tensors), staging / name, part.graph_dtype, choose_runtime(part.graph_dtype), slots,
     )  # fmt: skip
 
 
-def _describe_failure(name: ComponentName, record: ParityRecord) -> ParityError:
+def describe_failure(name: ComponentName, record: ParityRecord) -> ParityError:
     worst = max(record.outputs, key=lambda output: output.relative_l2)
     far = (
         "NaN, infinity or another shape" if worst.relative_l2 > 1e9 else f"a relative error of {worst.relative_l2:.1e}"
@@ -163,12 +174,15 @@ def _describe_failure(name: ComponentName, record: ParityRecord) -> ParityError:
 def run_torch_in_child(arguments: JsonTable) -> JsonTable:
     """Entry of the first child: torch's outputs for each job and point, saved under `work`."""
     from sdopt.trace.reference import load_reference, run_reference
+    from sdopt.trace.seeded_adapter import apply_adapter, make_adapter
     from sdopt.trace.seeded_inputs import make_inputs
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     for done, job in enumerate(jobs):
         progress.update(f"parity: torch runs {job.spec.name}", done / len(jobs))
         network = load_reference(job.spec, job.config, job.tensors)
+        if job.slots is not None:
+            apply_adapter(network, make_adapter(job.slots.slots, job.slots.rank))
         for place, point in enumerate(job.points):
             inputs = make_inputs(job.spec, job.config, point)
             run_reference(network, job.spec, inputs, _output_file(arguments, job, place))
@@ -183,6 +197,7 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
 
     from sdopt.backends.open import open_session
     from sdopt.backends.protocol import ComponentFiles
+    from sdopt.backends.slotted_session import SlottedSession
     from sdopt.trace.compare_outputs import compare_outputs, worst_of
     from sdopt.trace.seeded_inputs import make_inputs
 
@@ -190,9 +205,11 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
     records: JsonTable = {}
     for done, job in enumerate(jobs):
         progress.update(f"parity: {job.runtime.kind} runs {job.spec.name}", done / len(jobs))
-        files = ComponentFiles(job.folder, job.spec, job.config, job.family, job.extents)
+        files = ComponentFiles(job.folder, job.spec, job.config, job.family, job.extents, slots=job.slots)
         compared: list[ParityRecord] = []
         with open_session(files, job.runtime) as session:
+            if isinstance(session, SlottedSession):
+                session.set_slots(seeded_slots(session))
             for place, point in enumerate(job.points):
                 outputs = session.run(make_inputs(job.spec, job.config, point))
                 expected = load_file(_output_file(arguments, job, place))
@@ -201,6 +218,16 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
                 )
         records[job.spec.name] = worst_of(compared).model_dump(mode="json")
     return records
+
+
+def seeded_slots(session: SlottedSession) -> dict[str, Tensor]:
+    """The adapter that torch's weights were changed by, as the engine's slots take it."""
+    from sdopt.backends.slot_layout import name_inputs
+    from sdopt.trace.seeded_adapter import make_adapter
+
+    slots = {slot.layer: slot for slot in session.slots.slots}
+    named = name_inputs(slots, make_adapter(slots.values(), session.slots.rank))
+    return {name: value.to(session.slot_dtype) for name, value in named.items()}
 
 
 def _output_file(arguments: JsonTable, job: ParityJob, place: int) -> Path:

@@ -14,6 +14,7 @@ from sdopt.convert.parity import prove_parity
 from sdopt.convert.plans.ladder import make_plans, place_plan
 from sdopt.convert.plans.wanted import generations, peak_bytes
 from sdopt.convert.quantise import QUANTISE
+from sdopt.convert.slot_graphs import SLOT_GRAPHS
 from sdopt.convert.weights_and_graphs import WEIGHTS_AND_GRAPHS
 from sdopt.disk.files import write_file
 
@@ -88,6 +89,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("small files", _nothing, _write_small_files),
     Stage("parity", _estimate_parity, _prove_parity),
     QUANTISE,
+    SLOT_GRAPHS,
     Stage("plans", _estimate_plans, _make_plans),
     Stage("fidelity", _estimate_fidelity, _judge_pictures),
     Stage("card", _nothing, _write_card),

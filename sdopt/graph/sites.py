@@ -30,7 +30,9 @@ def list_layers(model: ir.Model) -> dict[str, WeightedLayer]:
 
 @dataclass(frozen=True)
 class WeightSite:
-    """Where a layer's weight comes in: `node` takes `weight` as its input `index`; `cast` widens it before."""
+    """Where a layer's weight comes in: `node` takes it, by `user` at the input `index`; `cast` widens it before, or
+    dequantises it.
+    """
 
     layer: WeightedLayer
     weight: ir.Value
@@ -47,7 +49,7 @@ def find_sites(graph: ir.Graph) -> Iterator[WeightSite]:
             continue
         value, cast = weight, None
         uses = list(value.uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Cast":
+        if len(uses) == 1 and uses[0].node.op_type in ("Cast", "DequantizeLinear"):
             cast = uses[0].node
             value = cast.outputs[0]
             uses = list(value.uses())

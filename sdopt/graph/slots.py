@@ -1,7 +1,7 @@
 """LoRA slots in a bound graph: y = W x + B (A x), with A and B as inputs whose rank is a symbolic axis of each layer.
 
-Runs before `insert_qdq`, so that Q/DQ goes around the base product alone and the branch keeps 16 bits. No weight is
-read or moved: the graph with slots and the one without lie over the same weight file.
+No weight is read or moved: the graph with slots and the one without lie over the same weight file.
+A layer that is quantised already keeps its slot in 16 bits: the branch takes what goes into its Q/DQ.
 
 A linear layer's branch is two products. A convolution of 1x1 is two products from the left over [n, channels, pixels].
 A larger one is one product with all of the kernel's taps, then a convolution with constant one-hot weights that adds
@@ -57,6 +57,26 @@ def _takes_slot(site: WeightSite) -> bool:
     return site.layer.op != "Gather" and attributes.get_int("group", 1) == 1 and not (pointwise and max(strides) > 1)
 
 
+def _before_quantization(site: WeightSite) -> ir.Value:
+    """What the layer is given, without the rounding of `insert_qdq` and its smoothing."""
+    x = site.node.inputs[0]
+    assert x is not None
+    dequantize = x.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return x
+    quantize = dequantize.inputs[0]
+    assert quantize is not None
+    producer = quantize.producer()
+    assert producer is not None
+    value = producer.inputs[0]
+    assert value is not None
+    smoothing = value.producer()
+    if smoothing is not None and value.name == f"{site.layer.name}.smoothed":
+        value = smoothing.inputs[0]
+        assert value is not None
+    return value
+
+
 def _after_bias(site: WeightSite) -> ir.Value:
     """The layer's output, behind its bias: runtimes fuse a product with its bias, and would not across a sum."""
     output = site.node.outputs[0]
@@ -89,8 +109,7 @@ class _Maker:
 
     def branch(self, site: WeightSite, rank: str) -> ir.Value:
         """B (A x) of a layer, in the shape of its output. `rank` is the name of the symbolic axis."""
-        x = site.node.inputs[0]
-        assert x is not None
+        x = _before_quantization(site)
         return self._convolution(site, x, rank) if site.layer.op == "Conv" else self._linear(site, x, rank)
 
     def _linear(self, site: WeightSite, x: ir.Value, rank: str) -> ir.Value:

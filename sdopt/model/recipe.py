@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sdopt.errors import RecipeError, SdoptError, ShapeError
+from sdopt.errors import RecipeError, SdoptError, ShapeError, UsageError
 from sdopt.model.backend_settings import Frozen
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction, parse_prediction
 from sdopt.model.precision import Precision
 from sdopt.model.shape import parse_sizes
+from sdopt.model.slots import SlotSettings, parse_slots
 from sdopt.model.suggest import suggest
 from sdopt.model.target import Runtime, Target, TargetField
 
@@ -65,10 +66,11 @@ class BuildRecipe(Frozen):
     vae: str = ""
     """Another VAE than the checkpoint's: a diffusers VAE folder or a single file."""
     prediction: Prediction | None = None
-    """What the UNet predicts, whatever the checkpoint says; None believes the checkpoint."""
+    """What the UNet predicts, whatever the checkpoint says, and a single file often says nothing; None believes it."""
     ema: bool = False
     """Take the averaged copy of the UNet's weights that some checkpoints hold beside the last ones."""
-    """Overrides what the checkpoint says of its UNet; a single file often says nothing."""
+    lora_slots: str = ""
+    """LoRA slots in the UNet and the text encoders: a rank, as in `64`, or with their layers, as in `attention:64`."""
     require_fused: bool = False
     """Refuse a UNet or text encoder in which attention is not one native layer with a dedicated kernel for each of
     torch's. The VAE's one layer is left out: no TensorRT-RTX plan has a kernel for its head of 512 numbers."""
@@ -108,6 +110,16 @@ class BuildRecipe(Frozen):
             parse_bytes(text)
         return text
 
+    @field_validator("lora_slots")
+    @classmethod
+    def _lora_slots(cls, text: str) -> str:
+        if not text:
+            return text
+        try:
+            return str(parse_slots(text))
+        except UsageError as error:
+            raise ValueError(error.message) from error
+
     @field_validator("component_precision")
     @classmethod
     def _component_precision(cls, table: dict[ComponentName, Precision]) -> dict[ComponentName, Precision]:
@@ -120,6 +132,10 @@ class BuildRecipe(Frozen):
         """What a component computes in where it is not quantised."""
         precision = self.component_precision.get(name, self.precision)
         return Precision.AUTO if precision.is_quantized else precision
+
+    @property
+    def slot_settings(self) -> SlotSettings | None:
+        return parse_slots(self.lora_slots) if self.lora_slots else None
 
     @property
     def quantization_file(self) -> str:
