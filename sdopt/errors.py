@@ -13,6 +13,7 @@
     │   ├── MissingDependency                    a library; names the extra that brings it
     │   └── MissingHardware                      a processor feature, a GPU, memory, disk
     ├── CheckpointError                          the source is not a model that sdopt can read
+    ├── AdapterError                             a LoRA is damaged, is not one, or does not fit the model or its slots
     ├── ArtifactError                            a file that sdopt wrote is damaged, foreign or of another version
     ├── CalibrationError                         a quantised layer gets no usable scale: NaN, 0 or infinity on the way
     ├── DrawingError                             a drawing gave NaN or infinity, and no picture
@@ -96,6 +97,10 @@ class MissingHardware(EnvironmentMissingError):  # noqa: N818
 
 class CheckpointError(SdoptError):
     """The source is missing, damaged, or no Stable Diffusion model that sdopt can read."""
+
+
+class AdapterError(SdoptError):
+    """An adapter file is damaged, is not an adapter, or changes layers that the model or its slots do not have."""
 
 
 class ArtifactError(SdoptError):

@@ -1,6 +1,6 @@
 """What a path is when it is not a checkpoint: named by its first bytes, a folder by what lies in it.
 
-Files whose tensors can be listed are named by these, in `detect`.
+Files whose tensors can be listed are named by these, in `weights.tensor_kinds`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Any
 
 from sdopt.bundle.records import SourceRecord
 from sdopt.checkpoint.checkpoint import Checkpoint, Choice, ComponentSource
-from sdopt.checkpoint.detect import advise, name_kind
 from sdopt.checkpoint.folder import open_vae_folder, read_tasks, split_vae
 from sdopt.checkpoint.hub import fetch_vae, is_hub_id
 from sdopt.checkpoint.ignored import drop_unused_of_clip, list_ignored, unwrap
@@ -25,6 +24,7 @@ from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config, vae_factor
 from sdopt.model.family import Family
 from sdopt.weights.safetensors_header import TensorRef, quantised_error
+from sdopt.weights.tensor_kinds import advise, name_kind
 
 Tensors = Mapping[str, TensorRef]
 Components = dict[ComponentName, ComponentSource]

@@ -1,0 +1,270 @@
+"""An adapter file as its header describes it: no tensor is read."""
+
+from __future__ import annotations
+
+import shlex
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from sdopt.adapters.factors import find_rank, has_kernel, matrix_shape
+from sdopt.adapters.keys import LayerKind, find_gap, find_kinds, name_other_kind, split_key
+from sdopt.adapters.metadata import FewStep, PeftSettings, name_writer, read_metadata, read_peft_settings
+from sdopt.adapters.stems import split_stem
+from sdopt.errors import AdapterError
+from sdopt.model.component import ComponentName
+from sdopt.model.family import Family
+from sdopt.weights.safetensors_header import SafetensorsFile, TensorRef, read_header
+from sdopt.weights.tensor_kinds import name_kind
+
+# SDXL with every layer as LoKr and DoRA has some 9,000 tensors, and the tag tables of a large training a few MB.
+_TENSOR_LIMIT = 40_000
+_HEADER_LIMIT_BYTES = 32_000_000
+_NAME_LIMIT_CHARACTERS = 400
+_SIDECAR_LIMIT_BYTES = 1_000_000
+# In a folder that diffusers or PEFT wrote.
+_FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+# The width of the text that the UNets of published models attend to.
+TEXT_WIDTHS = {768: Family.SD1, 1024: Family.SD2, 2048: Family.SDXL, 1280: Family.SDXL_REFINER}
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+
+class AdapterKind(StrEnum):
+    """As people call a whole file."""
+
+    LORA = "LoRA"
+    LOCON = "LoCon"
+    LOHA = "LoHa"
+    LOKR = "LoKr"
+    FULL = "full difference"
+    DORA = "DoRA"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """What a file holds for one layer. `kind` is None where it changes the bias alone."""
+
+    stem: str
+    component: ComponentName
+    flat: str
+    """The layer's name in its network, with underscores for dots."""
+    kind: LayerKind | None
+    rank: int
+    """Of its factors in the file, 0 for a difference that is written out."""
+    parts: Mapping[str, TensorRef]
+
+    @property
+    def is_decomposed(self) -> bool:
+        """DoRA: the changed weight gets magnitudes of the file's."""
+        return "dora_scale" in self.parts or "magnitude" in self.parts
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """`ranks` are the least and the largest of its low-rank factors, (0, 0) where it has none. `family` is the base
+    model's as shapes say, or else the metadata; None where neither does.
+    """
+
+    path: Path
+    size_bytes: int
+    kind: AdapterKind
+    writer: str
+    family: Family | None
+    ranks: tuple[int, int]
+    layers: tuple[FileLayer, ...]
+    title: str
+    trigger_words: tuple[str, ...]
+    tags: Mapping[str, int]
+    base_model: str
+    few_step: FewStep | None
+    embeddings: tuple[str, ...]
+    """Words whose embeddings OneTrainer has put into the file."""
+    peft: Mapping[str, PeftSettings] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def alias(self) -> str:
+        """The name that prompts may call it by beside the file's: `ss_output_name`, or ""."""
+        name = self.metadata.get("ss_output_name", "")
+        return "" if name == "None" else name
+
+    @property
+    def network_alpha(self) -> float | None:
+        """kohya's alpha of the training, where the metadata has it; each layer's own is in the file."""
+        try:
+            return float(self.metadata.get("ss_network_alpha", ""))
+        except ValueError:
+            return None
+
+    @property
+    def layer_counts(self) -> dict[ComponentName, int]:
+        counts = Counter(layer.component for layer in self.layers)
+        return {component: counts[component] for component in ComponentName if counts[component]}
+
+
+def read_adapter_file(path: Path) -> AdapterFile:
+    """Header and metadata of a LoRA or LyCORIS file, or of the folder that diffusers or PEFT wrote it to.
+
+    Raises `AdapterError` for a file that is something else, is a pickle, or has half a layer, and `CheckpointError` or
+    `UnsafeInputError` for one that is no sound safetensors file.
+    """
+    path = _find_file(Path(path))
+    header = _read_header(path)
+    stems: dict[str, dict[str, TensorRef]] = {}
+    others: list[str] = []
+    embeddings: dict[str, None] = {}
+    for key, ref in header.tensors.items():
+        if key.startswith("bundle_emb."):  # OneTrainer: bundle_emb.WORD.clip_l
+            embeddings[key.split(".")[1]] = None
+        elif (split := split_key(key)) is None:
+            others.append(key)
+        elif stems.setdefault(split[0], {}).setdefault(split[1], ref) is not ref:
+            raise AdapterError(f"{path} has two tensors for the {split[1]} of {split[0]}")
+    if others or not stems:
+        _refuse_keys(path, header, others, len(stems))
+    layers = tuple(_read_layer(path, stem, parts) for stem, parts in stems.items())
+    said = read_metadata(header.metadata, path.stem)
+    ranks = [layer.rank for layer in layers if layer.rank]
+    return AdapterFile(
+        path=path, size_bytes=path.stat().st_size, kind=_name_file(layers),
+        writer=name_writer(header.metadata, header.tensors), family=_guess_family(layers) or said.family,
+        ranks=(min(ranks, default=0), max(ranks, default=0)), layers=layers, title=said.title,
+        trigger_words=said.trigger_words, tags=said.tags, base_model=said.base_model, few_step=said.few_step,
+        embeddings=tuple(embeddings), peft=read_peft_settings(header.metadata, _read_sidecar(path), str(path)),
+        metadata=header.metadata,
+    )  # fmt: skip
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        if not found:
+            raise AdapterError(
+                f"{path} is a folder without {' or '.join(_FOLDER_FILES)}", hint="give the adapter's file"
+            )
+        return found[0]
+    if path.suffix.lower() in _PICKLES and path.is_file():
+        target = path.with_suffix(".safetensors")
+        code = (
+            "import sys, torch, safetensors.torch as s; "
+            "s.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
+        )
+        raise AdapterError(
+            f"{path} is a pickle, which can run code when it is opened; sdopt reads adapters from safetensors only",
+            hint=f"convert it: {shlex.join(['python', '-c', code, str(path), str(target)])}",
+        )
+    return path
+
+
+def _read_header(path: Path) -> SafetensorsFile:
+    """Refuses what is far too large for an adapter before it is parsed."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            size_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            raw = file.read(size_bytes) if size_bytes <= _HEADER_LIMIT_BYTES else b""
+    except OSError as error:
+        raise AdapterError(
+            f"cannot read {path}: {error.strerror}", hint="give the path of a .safetensors file"
+        ) from error
+    # A file that is no safetensors file has a random number here: its reader says so.
+    whole = size_bytes <= path.stat().st_size - 8
+    if whole and (not raw or raw.count(b'"data_offsets"') > _TENSOR_LIMIT) and size_bytes:
+        raise AdapterError(
+            f"{path} is not an adapter: it has over {_TENSOR_LIMIT} tensors, or {size_bytes / 1e6:.0f} MB of names",
+            hint="sdopt inspect says what it is",
+        )
+    header = read_header(path)
+    long = next((key for key in header.tensors if len(key) > _NAME_LIMIT_CHARACTERS), None)
+    if long:
+        raise AdapterError(f"{path} has a tensor whose name has {len(long)} characters: {long[:40]}…")
+    return header
+
+
+def _refuse_keys(path: Path, header: SafetensorsFile, others: list[str], layers: int) -> None:
+    other = name_other_kind(others)
+    if other:
+        raise AdapterError(
+            f"{path} is {other}, and sdopt reads LoRA, LoCon, LoHa, LoKr, DoRA and full differences",
+            hint="merge it into a checkpoint with the tool that made it, and convert that",
+        )
+    if layers:
+        raise AdapterError(
+            f"{path}: {len(others)} of its {len(header.tensors)} tensors are not parts of an adapter, among them "
+            f"{min(others)[:80]!r}",
+            hint="sdopt inspect lists what is in the file; take it again from where it came from",
+        )
+    whole = any(key.startswith("model.diffusion_model.") for key in others)
+    kind = "a Stable Diffusion checkpoint" if whole else name_kind(others) or "a file of other tensors"
+    hint = f"sdopt convert {shlex.quote(str(path))}" if whole else "give a LoRA or LyCORIS file"
+    raise AdapterError(f"{path} is not an adapter: it is {kind}", hint=hint)
+
+
+def _read_layer(path: Path, stem: str, parts: Mapping[str, TensorRef]) -> FileLayer:
+    gap = find_gap(parts)
+    if gap:
+        raise AdapterError(
+            f"{path}: {stem} is not whole: {gap}", hint="download the file again, or take it from its maker"
+        )
+    kinds = find_kinds(parts)
+    kind = kinds[0] if kinds else None
+    try:
+        rank = find_rank(kind, {part: ref.shape for part, ref in parts.items()}) if kind else 0
+    except ValueError as error:
+        raise AdapterError(
+            f"{path}: the shapes of {stem} contradict each other: {error}", hint="download the file again"
+        ) from None
+    return FileLayer(stem, *split_stem(stem), kind, rank, parts)
+
+
+def _shapes(layer: FileLayer) -> dict[str, tuple[int, ...]]:
+    return {part: ref.shape for part, ref in layer.parts.items()}
+
+
+def _name_file(layers: tuple[FileLayer, ...]) -> AdapterKind:
+    if any(layer.is_decomposed for layer in layers):
+        return AdapterKind.DORA
+    kinds = {layer.kind for layer in layers if layer.kind is not None and not _is_norm(layer)}
+    if len(kinds) > 1:
+        return AdapterKind.MIXED
+    match next(iter(kinds), LayerKind.FULL):
+        case LayerKind.HADAMARD:
+            return AdapterKind.LOHA
+        case LayerKind.KRONECKER:
+            return AdapterKind.LOKR
+        case LayerKind.FULL:
+            return AdapterKind.FULL
+        case LayerKind.LOW_RANK:
+            return AdapterKind.LOCON if any(has_kernel(_shapes(layer)) for layer in layers) else AdapterKind.LORA
+
+
+def _is_norm(layer: FileLayer) -> bool:
+    """LyCORIS trains norms beside layers of any kind."""
+    return layer.kind is LayerKind.FULL and len(layer.parts["diff"].shape) == 1
+
+
+def _guess_family(layers: tuple[FileLayer, ...]) -> Family | None:
+    """By the width of the text that the UNet attends to, or else by the text encoders."""
+    for layer in layers:
+        if layer.kind and reads_text(layer.component, layer.flat):
+            width = matrix_shape(layer.kind, _shapes(layer))[1]
+            if width in TEXT_WIDTHS:
+                return TEXT_WIDTHS[width]
+    return Family.SDXL if any(layer.component is ComponentName.TEXT_ENCODER_2 for layer in layers) else None
+
+
+def reads_text(component: ComponentName, flat: str) -> bool:
+    """Whether a layer's input is the text that the UNet attends to."""
+    return component is ComponentName.UNET and flat.endswith(("attn2_to_k", "attn2_to_v"))
+
+
+def _read_sidecar(path: Path) -> str:
+    """The text of the `adapter_config.json` that PEFT puts beside its file, or ""."""
+    place = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not place.is_file() or place.stat().st_size > _SIDECAR_LIMIT_BYTES:
+        return ""
+    return place.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,117 @@
+"""The arrays that a file has for one layer -> the difference of its weight, as two factors or written out.
+
+Everything is a matrix [out, in x height x width] in fp32, in the order of torch's weights. Formulas are those of
+LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) and, for DoRA, of PEFT, which agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from sdopt.adapters.adapter import LowRank
+from sdopt.adapters.keys import LayerKind
+
+Array = npt.NDArray[np.float32]
+Arrays = Mapping[str, Array]
+# What LyCORIS adds to the norms of a DoRA; PEFT adds nothing, which is the same to fp32.
+_EPSILON = float(np.finfo(np.float32).eps)
+
+
+# A pair where the file's factors are smaller than the weight, and else the weight's whole difference.
+Difference = LowRank | Array
+
+
+def multiply(difference: Difference) -> Array:
+    return difference.up @ difference.down if isinstance(difference, LowRank) else difference
+
+
+def find_difference(kind: LayerKind, arrays: Arrays, scale: float) -> Difference:
+    """`scale` is in it, of a pair in `up`. The arrays are taken over, and may be changed."""
+    match kind:
+        case LayerKind.LOW_RANK:
+            return _low_rank(arrays, scale)
+        case LayerKind.HADAMARD:
+            return _hadamard(arrays, scale)
+        case LayerKind.KRONECKER:
+            return _kronecker(arrays, scale)
+        case LayerKind.FULL:
+            diff = arrays["diff"]
+            whole: Array = diff.reshape(diff.shape[0], -1) * np.float32(scale)
+            return whole
+
+
+def _low_rank(arrays: Arrays, scale: float) -> LowRank:
+    up, down = arrays["up"], arrays["down"]
+    up = up.reshape(up.shape[0], -1)
+    up *= np.float32(scale)
+    if "mid" in arrays:
+        # Channels first, then taps: mid [m, n, h, w] and down [n, in] are one convolution [m, in, h, w].
+        mixed = np.einsum("mnhw,ni->mihw", arrays["mid"], down.reshape(down.shape[0], -1), optimize=True)
+        return LowRank(mixed.reshape(mixed.shape[0], -1), up)
+    return LowRank(down.reshape(down.shape[0], -1), up)
+
+
+def _hadamard(arrays: Arrays, scale: float) -> Difference:
+    """(a1 b1) * (a2 b2), element by element: rows of r1 x r2 products of columns, which is its rank at most."""
+    (a1, b1), (a2, b2) = (_pair(arrays, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") for n in (1, 2))
+    out, columns = a1.shape[0], b1.shape[1]
+    if a1.shape[1] * a2.shape[1] >= min(out, columns):
+        whole: Array = (a1 @ b1) * (a2 @ b2) * np.float32(scale)
+        return whole
+    up = (a1[:, :, None] * a2[:, None, :]).reshape(out, -1) * np.float32(scale)
+    return LowRank((b1[:, None, :] * b2[None, :, :]).reshape(-1, columns), up)
+
+
+def _kronecker(arrays: Arrays, scale: float) -> LowRank:
+    """kron(w1, w2): the products of both factors' own decompositions are its own, whatever its size."""
+    w1 = _whole(arrays, "lokr_w1", "")
+    w2 = _whole(arrays, "lokr_w2", "lokr_t2")
+    u1, v1 = _split(w1)
+    u2, v2 = _split(w2)
+    return LowRank(np.kron(v1, v2), np.kron(u1, u2) * np.float32(scale))
+
+
+def _pair(arrays: Arrays, a: str, b: str, core: str) -> tuple[Array, Array]:
+    left, right = arrays[a], arrays[b]
+    if core in arrays:  # Tucker: left [r, out], core [r, r, h, w], right [r, in]
+        mixed = np.einsum("ijhw,jn->inhw", arrays[core], right, optimize=True)
+        return left.T, mixed.reshape(mixed.shape[0], -1)
+    return left, right.reshape(right.shape[0], -1)
+
+
+def _whole(arrays: Arrays, name: str, core: str) -> Array:
+    if name in arrays:
+        return arrays[name].reshape(arrays[name].shape[0], -1)
+    left, right = _pair(arrays, f"{name}_a", f"{name}_b", core)
+    return left @ right
+
+
+def _split(weight: Array) -> tuple[Array, Array]:
+    """[out, rank] and [rank, columns], without the directions that are nothing but rounding."""
+    u, s, v = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+    rank = max(1, int((s > s[0] * 1e-7).sum()))
+    root = np.sqrt(s[:rank])
+    return (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32)
+
+
+def decompose(weight: Array, difference: Array, magnitude: Array, *, by_output: bool) -> Array:
+    """DoRA: the difference that gives `weight` + `difference` the magnitudes of the file.
+
+    `weight` and `difference` have the layer's own shape. The norm is over all but the first axis, or, as LyCORIS and
+    OneTrainer did at first, over all but the second. Shape as `weight`.
+    """
+    merged = weight + difference
+    axis = 0 if by_output else 1
+    axes = tuple(i for i in range(merged.ndim) if i != axis)
+    norm = np.sqrt(np.square(merged.astype(np.float64)).sum(axis=axes, keepdims=True)) + _EPSILON
+    wanted = magnitude.reshape(norm.shape)
+    changed: Array = (merged * (wanted / norm) - weight).astype(np.float32)
+    return changed
+
+
+def is_by_output(part: str, shape: tuple[int, ...], out: int) -> bool:
+    """Which axis a DoRA's magnitudes belong to. PEFT's are the outputs'; LyCORIS' shape [out, 1] or [1, in] says it."""
+    return part == "magnitude" or (len(shape) > 0 and shape[0] == out and all(side == 1 for side in shape[1:]))
