@@ -26,3 +26,12 @@ def name_inputs(
     for layer, (down, up) in pairs.items():
         named |= dict(zip(input_names(layer), lay_out(slots[layer], down, up), strict=True))
     return named
+
+
+def join(slot: Slot, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair for several adapters of a layer: their ranks side by side, so that their changes add up."""
+    if len(parts) == 1:
+        return parts[0]
+    linear, large = len(slot.shape) == 2, len(slot.shape) == 4 and slot.shape[2] * slot.shape[3] > 1
+    a_axis, b_axis = (1, 0) if linear else (1, 1) if large else (0, 1)
+    return torch.cat([a for a, _ in parts], a_axis), torch.cat([b for _, b in parts], b_axis)

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 
 from sdopt.backends.protocol import Session
+from sdopt.backends.slotted_session import find_slotted
 from sdopt.bundle.damage import require_intact, require_pipeline
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
 from sdopt.errors import ArtifactError, CheckpointError, UnsafeInputError
@@ -23,6 +24,8 @@ from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.model.samplers import SchedulerName
 from sdopt.model.task import PIPELINE_CLASSES, Task
 from sdopt.pipeline.guarded_call import guarded
+from sdopt.pipeline.lora_methods import with_loras
+from sdopt.pipeline.lora_stack import LoraStack
 from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
 from sdopt.pipeline.modules.engine_unet import EngineUNet
 from sdopt.pipeline.modules.engine_vae import EngineVAE
@@ -71,7 +74,7 @@ def assemble_pipeline(
     )
     parts = {
         "vae": vae,
-        "unet": _make_unet(folder, bundle, sessions[ComponentName.UNET]),
+        "unet": _make_unet(folder, bundle, sessions),
         "scheduler": make_scheduler(
             scheduler, bundle.scheduler_config, family=manifest.family, prediction=manifest.prediction
         ),
@@ -84,12 +87,15 @@ def assemble_pipeline(
     return _pipeline_class(manifest)(**parts, **_flags(manifest, _read_table(folder / "model_index.json")))
 
 
-def _make_unet(folder: Path, bundle: OpenedBundle, session: Session) -> EngineUNet:
+def _make_unet(folder: Path, bundle: OpenedBundle, sessions: Mapping[ComponentName, Session]) -> EngineUNet:
+    session = sessions[ComponentName.UNET]
     factor = bundle.manifest.require_pixels_per_latent()
     # Always a number: the image-to-image pipelines compare it with 64 and fail on a pair.
     side = bundle.manifest.profile.height_px.opt // factor
     unet = EngineUNet(session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor)
     unet.bundle = bundle
+    slotted = {name: found for name, opened in sessions.items() if (found := find_slotted(opened)) is not None}
+    unet.loras = LoraStack(folder, bundle.manifest, slotted)
     return unet
 
 
@@ -135,7 +141,7 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _pipeline_class(manifest: BundleManifest) -> Any:
-    return guarded(_sized_class(manifest))
+    return with_loras(guarded(_sized_class(manifest)))
 
 
 def _sized_class(manifest: BundleManifest) -> Any:

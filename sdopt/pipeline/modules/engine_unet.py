@@ -21,11 +21,14 @@ from sdopt.pipeline.sizes import require_size
 
 if TYPE_CHECKING:
     from sdopt.backends.protocol import Session
+    from sdopt.pipeline.lora_stack import LoraStack
     from sdopt.pipeline.opened import OpenedBundle
 
 
 class EngineUNet(EngineModule):
-    """`UNet2DConditionModel` over a session. `bundle` is what the pipeline was loaded from.
+    """`UNet2DConditionModel` over a session.
+
+    `bundle` is what the pipeline was loaded from, and `loras` are the adapters of its engines.
 
     `sample_size` is the default side of pictures, in latent elements; `pixels_per_latent` is the VAE's
     factor.
@@ -37,6 +40,7 @@ class EngineUNet(EngineModule):
         self.sessions = (session,)
         self.pixels_per_latent = pixels_per_latent
         self.bundle: OpenedBundle | None = None
+        self.loras: LoraStack | None = None
         # Who draws with these engines. Pipelines that share them share it.
         self.turn = threading.RLock()
         # Pipelines rewrite a sample_size below 64 when the config says that an old diffusers wrote it.
