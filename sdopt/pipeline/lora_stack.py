@@ -28,6 +28,7 @@ from sdopt.pipeline.lora_scales import LayerScales
 from sdopt.weights.safetensors_header import TensorRef, read_header
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Weights = Mapping[ComponentName, LayerScales]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class LoraStack:
     ) -> None:
         self._folder, self._manifest, self._sessions = folder, manifest, sessions
         self.adapters: dict[str, LoadedAdapter] = {}
-        self.active: dict[str, Mapping[ComponentName, LayerScales]] = {}
+        self.active: dict[str, Weights] = {}
+        self._weights: dict[str, Weights] = {}
         self.enabled = True
         self._call_scale = 1.0
         self._tensors: dict[ComponentName, Mapping[str, TensorRef]] = {}
@@ -108,7 +110,7 @@ class LoraStack:
             there = ", ".join(self.adapters) or "none"
             raise UsageError(f"no adapter called {unknown[0]!r} is loaded (loaded: {there})")
 
-    def activate(self, weights: Mapping[str, Mapping[ComponentName, LayerScales]]) -> None:
+    def activate(self, weights: Mapping[str, Weights]) -> None:
         """Make just these adapters active. Raises `AdapterError`, and changes nothing, where they need a larger rank
         together than the slots have.
         """
@@ -120,16 +122,23 @@ class LoraStack:
         except AdapterError:
             self.active = before
             raise
+        self._weights |= weights
 
     def enable(self, *, on: bool) -> None:
         self.enabled = on
         self._apply()
 
     def drop(self, names: Sequence[str]) -> None:
+        """Forget adapters. Where none is active any more but some are left, the first of them is, as peft has it."""
         self.require_names(names)
+        was_active = bool(self.active)
         for name in names:
             del self.adapters[name]
             self.active.pop(name, None)
+            self._weights.pop(name, None)
+        if was_active and not self.active and self.adapters:
+            first = next(iter(self.adapters))
+            self.active = {first: self._weights[first]}
         self._apply()
 
     def scale_calls(self, scale: float) -> None:
