@@ -60,6 +60,11 @@ class ComponentFiles:
     slots: SlotsRecord | None = None
     """Of the graph with LoRA slots, which lies beside the other."""
 
+    slot_plans: tuple[PlanRecord, ...] = ()
+    """The engine files for this machine of the graph with slots."""
+    slot_inputs: tuple[str, ...] = ()
+    """Inputs of the graph beside those of `spec`, where it is the one with LoRA slots."""
+
     @property
     def name(self) -> ComponentName:
         return self.spec.name

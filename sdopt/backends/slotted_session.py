@@ -21,7 +21,7 @@ from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session
 from sdopt.bundle.records import SlotsRecord
 from sdopt.errors import BackendError
-from sdopt.model.backend_settings import BackendSettings, OnnxRuntimeSettings
+from sdopt.model.backend_settings import BackendSettings, OpenVINOSettings
 from sdopt.model.component import ComponentSpec
 from sdopt.model.file_names import SLOTS_GRAPH_NAME
 from sdopt.model.shape import Extent
@@ -74,8 +74,10 @@ class SlottedSession:
 
     @property
     def least_rank(self) -> int:
-        """Of a slot without an adapter. ONNX Runtime 1.31 computes convolutions of 0 rows wrongly."""
-        return 1 if isinstance(self._settings, OnnxRuntimeSettings) else 0
+        """Of a slot without an adapter. ONNX Runtime 1.31 computes convolutions of 0 rows wrongly, and TensorRT's plans
+        are built from 1.
+        """
+        return 0 if isinstance(self._settings, OpenVINOSettings) else 1
 
     @property
     def slot_dtype(self) -> torch.dtype:
@@ -137,7 +139,10 @@ class SlottedSession:
         progress.update(f"opening {self.spec.name} {'with' if slotted else 'without'} LoRA slots", 0.0)
         files = dataclasses.replace(self._component, slots=None)
         if slotted:
-            files = dataclasses.replace(files, graph_name=SLOTS_GRAPH_NAME, plans=self.slots.plans)
+            names = tuple(name for slot in self.slots.slots for name in input_names(slot.layer))
+            files = dataclasses.replace(
+                files, graph_name=SLOTS_GRAPH_NAME, plans=self._component.slot_plans, slot_inputs=names
+            )
         engine = self._open(files)
         if slotted:
             self._slotted = engine

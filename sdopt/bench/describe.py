@@ -51,7 +51,7 @@ def find_size(candidate: Candidate) -> int | None:
 
 
 def _sum_for_torch(manifest: BundleManifest) -> int:
-    plans = {plan.file for record in manifest.components.values() for plan in record.plans}
+    plans = {plan.file for record in manifest.components.values() for plan in record.every_plan}
     quantized = {f"{name}/weights.safetensors": r.quantization for name, r in manifest.components.items()}
     total_bytes = 0
     for path, file in manifest.files.items():

@@ -214,6 +214,11 @@ class ComponentRecord(Record):
     """Null where the bundle was built without LoRA slots."""
 
     @property
+    def every_plan(self) -> tuple[PlanRecord, ...]:
+        """Those of the graph with LoRA slots, too."""
+        return (*self.plans, *(self.slots.plans if self.slots is not None else ()))
+
+    @property
     def is_quantized(self) -> bool:
         """Whether any layer is: then the weight file is not the checkpoint's."""
         return self.quantization is not None and self.quantization.quantized_layers > 0

@@ -66,7 +66,7 @@ def parse_digest(text: str) -> str:
 
 
 def _list_plans(manifest: BundleManifest) -> dict[str, str]:
-    files = (plan.file for record in manifest.components.values() for plan in record.plans)
+    files = (plan.file for record in manifest.components.values() for plan in record.every_plan)
     return {file: manifest.files[file].sha256 if file in manifest.files else "" for file in files}
 
 

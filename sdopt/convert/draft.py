@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sdopt.bundle.manifest import BundleManifest
-from sdopt.bundle.records import BuildRecord, ComponentRecord, FidelityRecord, Verdict
+from sdopt.bundle.records import BuildRecord, ComponentRecord, FidelityRecord, PlanRecord, Verdict
 from sdopt.convert.build import Build
 from sdopt.convert.plans.ladder import MadePlan
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import record_file
 from sdopt.disk.staging import drop_unknown
 from sdopt.machine.environment import describe_machine
+from sdopt.model.component import ComponentName
 from sdopt.model.file_names import CONFIG_NAME, GRAPH_NAME, SLOTS_GRAPH_NAME, WEIGHTS_NAME
 
 
@@ -51,12 +52,15 @@ def draft_manifest(build: Build) -> BundleManifest:
 
 def with_plans(draft: BundleManifest, made: Sequence[MadePlan]) -> BundleManifest:
     """The manifest as the verdict needs it: plans are opened by their digests."""
-    components = {
-        name: record.model_copy(
-            update={"plans": tuple(plan for each in made if each.component is name for plan in each.records)}
-        )
-        for name, record in draft.components.items()
-    }
+
+    def plans_of(name: ComponentName, *, has_slots: bool) -> tuple[PlanRecord, ...]:
+        ours = (each for each in made if each.component is name and each.has_slots is has_slots)
+        return tuple(plan for each in ours for plan in each.records)
+
+    components = {}
+    for name, record in draft.components.items():
+        slots = record.slots and record.slots.model_copy(update={"plans": plans_of(name, has_slots=True)})
+        components[name] = record.model_copy(update={"plans": plans_of(name, has_slots=False), "slots": slots})
     files = {**draft.files, **{each.records[0].file: each.file for each in made}}
     return draft.model_copy(update={"components": components, "files": files})
 

@@ -110,7 +110,7 @@ def runnable_here(draft: BundleManifest, output: Path, machine: Machine | None) 
     if not obstacle:
         return draft, ""
     components = {name: stand_in(record) for name, record in draft.components.items()}
-    plans = {plan.file for record in draft.components.values() for plan in record.plans}
+    plans = {plan.file for record in draft.components.values() for plan in record.every_plan}
     files = {name: record for name, record in draft.files.items() if name not in plans}
     return draft.model_copy(update={"components": components, "files": files}), obstacle
 

@@ -58,7 +58,7 @@ def _is_wanted(plan: BuildPlan, output: Path, manifest: BundleManifest) -> bool:
         and all(
             (record.architecture, record.weights_key, record.backend)
             == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
-            and all(made.version == library_version(plan) for made in record.plans)
+            and all(made.version == library_version(plan) for made in record.every_plan)
             and _is_quantized_alike(plan.quantization, name, record.quantization)
             for name, record in manifest.components.items()
         )

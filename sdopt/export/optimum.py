@@ -44,7 +44,7 @@ def export_optimum(folder: Path, output: Path) -> OptimumExport:
 
 
 def _list_plans(manifest: BundleManifest) -> set[str]:
-    return {plan.file for record in manifest.components.values() for plan in record.plans}
+    return {plan.file for record in manifest.components.values() for plan in record.every_plan}
 
 
 def _make_card(manifest: BundleManifest) -> str:

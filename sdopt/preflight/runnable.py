@@ -64,7 +64,7 @@ def find_bad_plans(folder: Path, manifest: BundleManifest) -> list[str]:
     for name, record in manifest.components.items():
         if isinstance(record.backend, TensorRTSettings) and not record.plans:
             found.append(f"the manifest names no plan of {name}")
-        for file, plan in {plan.file: plan for plan in record.plans}.items():
+        for file, plan in {plan.file: plan for plan in record.every_plan}.items():
             if file not in manifest.files or Path(file).parent.as_posix() != name:
                 found.append(f"the manifest has no digest of {file} in the folder of {name}")
             else:

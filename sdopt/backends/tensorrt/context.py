@@ -39,6 +39,7 @@ class BoundContext:
         self._dynamic = {t.name for t in spec.inputs if -1 in tuple(loaded.engine.get_tensor_shape(t.name))}
         self._captures = capture and not self._has_range()
         self._shapes: Shapes | None = None
+        self._extra: Mapping[str, torch.Tensor] | None = None
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
         self._replay: Callable[[], None] | None = None
@@ -52,10 +53,14 @@ class BoundContext:
     def buffers_bytes(self) -> int:
         return sum(t.nbytes for t in (*self._inputs.values(), *self._outputs.values()))
 
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inside a turn of the GPU: queue one run; the outputs are the caller's own. The host does not wait."""
+    def run(self, inputs: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inside a turn of the GPU: queue one run; the outputs are the caller's own. The host does not wait.
+
+        `extra` are inputs that are read where they are: the same mapping as before means the same tensors.
+        """
         shapes = tuple(tuple(inputs[tensor.name].shape) for tensor in self._spec.inputs)
-        if shapes != self._shapes:
+        if shapes != self._shapes or extra is not self._extra:
+            self._place(extra)
             self._bind(shapes)
         for name, buffer in self._inputs.items():
             buffer.copy_(inputs[name], non_blocking=True)
@@ -67,6 +72,15 @@ class BoundContext:
                 # After one run: the first initialises libraries, which a capture must not see.
                 self._replay = self._gpu.capture(self._queue)
         return {name: self._gpu.give(value) for name, value in self._outputs.items()}
+
+    def _place(self, extra: Mapping[str, torch.Tensor]) -> None:
+        for name, value in extra.items():
+            if not self._context.set_input_shape(name, tuple(value.shape)):
+                raise self._failure(f"take {name} of the shape {tuple(value.shape)} in")
+            if not self._context.set_tensor_address(name, value.data_ptr()):
+                raise self._failure(f"bind {name} of")
+        # What was captured has the old addresses in it.
+        self._extra, self._replay = extra, None
 
     def _bind(self, shapes: Shapes) -> None:
         context = self._context

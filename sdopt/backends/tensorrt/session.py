@@ -56,14 +56,16 @@ class OpenPlan:
         with gpu.turn():
             gpu.arena.reserve(self.loaded.scratch_bytes)
 
-    def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> dict[str, torch.Tensor]:
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], profile: int, extra: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         with self._gpu.turn():
             bound = self._contexts.get(profile)
             if fresh := bound is None or not bound.is_current:
                 self._contexts.pop(profile, None)
                 bound = BoundContext(self.loaded, self._spec, self._gpu, self._config, profile, capture=self._captures)
                 self._contexts[profile] = bound
-            outputs = bound.run(inputs)
+            outputs = bound.run(inputs, extra)
         if fresh and self._cache is not None:
             self._cache.save()
         return outputs
@@ -103,7 +105,7 @@ class TensorRTSession(EngineSession):
         record = choose_plan(self._component, sizes)
         chunks = sizes.get("prompt_tokens", CHUNK_TOKENS) // CHUNK_TOKENS
         plan: OpenPlan = self.engine.get(record.file) or self._open(record)
-        return plan.run(inputs, record.prompt_chunks.index(chunks))
+        return plan.run(inputs, record.prompt_chunks.index(chunks), self.bound)
 
     def _open(self, record: PlanRecord) -> OpenPlan:
         plan = OpenPlan(self._component, record, self._settings, self._library, self._gpu, self._identity)
@@ -161,6 +163,7 @@ def _require_same_tensors(loaded: LoadedEngine, component: ComponentFiles) -> No
     engine = loaded.engine
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     wanted = {tensor.name: tensor.dtype for tensor in (*component.spec.inputs, *component.spec.outputs)}
+    wanted |= dict.fromkeys(component.slot_inputs, component.spec.outputs[0].dtype)
     found = {name: BY_TENSORRT.get(engine.get_tensor_dtype(name).name) for name in names}
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from sdopt.bundle.records import GraphAudit, PlanAudit, PlanRecord
+from sdopt.bundle.records import GraphAudit, PlanAudit, PlanRecord, SlotsRecord
 from sdopt.bundle.trust import remember_built
 from sdopt.convert.plan import BuildPlan
 from sdopt.convert.plans.build import JOB, PlanJob, Rung
@@ -37,7 +37,7 @@ from sdopt.errors import MissingHardware, SdoptError
 from sdopt.machine.environment import describe_system
 from sdopt.model.backend_settings import TensorRTSettings
 from sdopt.model.component import ComponentName
-from sdopt.model.file_names import GRAPH_NAME, WEIGHTS_NAME
+from sdopt.model.file_names import GRAPH_NAME, SLOTS_GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.recipe import Dialect, parse_bytes
 from sdopt.model.target import PORTABLE, Runtime
 from sdopt.processes.call import call_by_name
@@ -74,6 +74,7 @@ class MadePlan:
     path: Path
     file: FileRecord
     records: tuple[PlanRecord, ...]
+    has_slots: bool
 
 
 def make_plans(
@@ -83,6 +84,7 @@ def make_plans(
     staging: Path,
     audits: Mapping[ComponentName, GraphAudit],
     weights: Mapping[ComponentName, FileRecord],
+    slots: Mapping[ComponentName, SlotsRecord],
 ) -> list[MadePlan]:
     """Every plan of the bundle, from the store or built; none for a runtime that compiles when it opens.
 
@@ -92,7 +94,7 @@ def make_plans(
     if not plan.recipe.target.runtime.makes_plans:
         return []
     store.drop_unused(STAGE, older_than_s=_UNUSED_AFTER_S)
-    wanted = list_wanted(plan, weights)
+    wanted = list_wanted(plan, weights, slots)
     shop = _Workshop(plan, store, cache, staging, audits, weights)
     entries: dict[str, Path] = {}
     shortage: MissingHardware | None = None
@@ -199,10 +201,12 @@ def _describe_job(shop: _Workshop, wanted: WantedPlan, rung: Rung, output: Path)
     if limit_bytes is not None and rung.side_by_side:
         limit_bytes -= max((shop.need_bytes(other) for other in plan.components if other != name), default=0)
     return PlanJob(
-        kind=part.backend.kind, component=name, precision=part.precision, graph=shop.staging / name / GRAPH_NAME,
+        kind=part.backend.kind, component=name, precision=part.precision,
+        graph=shop.staging / name / (GRAPH_NAME if wanted.slots is None else SLOTS_GRAPH_NAME),
         weights=shop.staging / name / WEIGHTS_NAME, output=output, generation=wanted.generation,
         profiles=tuple(
-            dict(table) for table in input_shapes(part.spec, wanted.profile, plan.checkpoint.pixels_per_latent)
+            dict(table)
+            for table in input_shapes(part.spec, wanted.profile, plan.checkpoint.pixels_per_latent, wanted.slots)
         ),
         attention_layers=shop.audits[name].attention_layers, native=plan.recipe.dialect is Dialect.NATIVE_ATTENTION,
         require_fused=requires_fused(plan, name), rung=rung, memory_limit_bytes=limit_bytes,
@@ -235,16 +239,19 @@ def _describe(plan: BuildPlan, wanted: WantedPlan, folder: Path) -> MadePlan:
     )  # fmt: skip
     path = folder / _PLAN_NAME
     file = FileRecord(sha256=made["sha256"], size_bytes=path.stat().st_size)
-    return MadePlan(wanted.component, path, file, records)
+    return MadePlan(wanted.component, path, file, records, wanted.slots is not None)
 
 
 def _file_name(plan: BuildPlan, wanted: WantedPlan, version: str) -> str:
-    """`sm89.tensorrt-rtx-1.7.plan`, with the size where a bundle has several: `sm89-768x512.tensorrt-rtx-1.7.plan`."""
+    """`sm89.tensorrt-rtx-1.7.plan`, with the size where a bundle has several: `sm89-768x512.tensorrt-rtx-1.7.plan`, and
+    `sm89-slots.tensorrt-rtx-1.7.plan` of the graph with LoRA slots.
+    """
     kind = plan.components[wanted.component].backend.kind
     generation = "portable" if wanted.generation == PORTABLE else wanted.generation
     shared = len(wanted.indices) == len(plan.profiles)
     size = "" if shared else f"-{wanted.profile.size_text.replace('..', '-')}"
-    return f"{generation}{size}.{kind}-{'.'.join(version.split('.')[:2])}.plan"
+    slots = "" if wanted.slots is None else "-slots"
+    return f"{generation}{size}{slots}.{kind}-{'.'.join(version.split('.')[:2])}.plan"
 
 
 def place_plan(made: MadePlan, bundle: Path) -> None:

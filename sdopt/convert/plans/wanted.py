@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sdopt.bundle.records import SlotsRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.errors import MissingHardware, RecipeError, UsageError
@@ -16,6 +17,7 @@ from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
+from sdopt.model.slots import input_names, slot_shapes
 from sdopt.model.target import PORTABLE, Runtime
 
 # A build holds two copies of the weights beside the library and its working memory: `build_peak_bytes` and
@@ -27,6 +29,8 @@ _COPIES_QUANTIZED = 2.4
 # The first compute capability with kernels for a scheme; TensorRT-RTX 1.7 refuses to build for an earlier one.
 _FIRST_GENERATIONS = {Scheme.FP8: 89, Scheme.INT4_WEIGHTS: 80}
 _FIRST_PORTABLE = 80
+# What most adapters are trained with: kernels are chosen for it.
+_USUAL_RANK = 16
 
 # Counts what the audit looks at: a plan that was audited otherwise is built again, so that its record says as much.
 _AUDIT = 2
@@ -46,14 +50,21 @@ class WantedPlan:
     profile: ShapeProfile
     indices: tuple[int, ...]
     key: str
+    slots: SlotsRecord | None = None
+    """Of the graph with LoRA slots, where the plan is made of that."""
 
 
-def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) -> list[WantedPlan]:
-    """One for each component, generation and set of shapes, the largest component first."""
+def list_wanted(
+    plan: BuildPlan, weights: Mapping[ComponentName, FileRecord], slots: Mapping[ComponentName, SlotsRecord]
+) -> list[WantedPlan]:
+    """One for each component, generation and set of shapes, the largest component first; and the same with slots."""
+    graphs = [(name, each) for name in plan.components for each in dict.fromkeys((None, slots.get(name)))]
     wanted: list[WantedPlan] = []
-    for name in sorted(plan.components, key=lambda name: -weights[name].size_bytes):
+    for name, slotted in sorted(graphs, key=lambda graph: -weights[graph[0]].size_bytes):
         part = plan.components[name]
-        shapes = [input_shapes(part.spec, profile, plan.checkpoint.pixels_per_latent) for profile in plan.profiles]
+        shapes = [
+            input_shapes(part.spec, profile, plan.checkpoint.pixels_per_latent, slotted) for profile in plan.profiles
+        ]
         for shape in dict.fromkeys(shapes):
             indices = tuple(index for index, other in enumerate(shapes) if other == shape)
             for generation in generations(plan):
@@ -63,7 +74,7 @@ def list_wanted(plan: BuildPlan, weights: Mapping[ComponentName, FileRecord]) ->
                      "system": describe_system(), "require_fused": requires_fused(plan, name), "audit": _AUDIT}
                     | ({"quantized": dict(part.quantized)} if part.quantized else {})
                 )  # fmt: skip
-                wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key))
+                wanted.append(WantedPlan(name, generation, plan.profiles[indices[0]], indices, key, slotted))
     return wanted
 
 
@@ -145,10 +156,23 @@ def library_version(plan: BuildPlan) -> str:
     return find_version(_kind(plan)).partition(".post")[0]
 
 
-def input_shapes(spec: ComponentSpec, profile: ShapeProfile, factor: int) -> Shapes:
+def input_shapes(
+    spec: ComponentSpec, profile: ShapeProfile, factor: int, slots: SlotsRecord | None = None
+) -> Shapes:  # fmt: skip
     """(min, opt, max) of every input, once for each optimisation profile: those of the prompt lengths."""
     chunks = profile.chunk_counts if "prompt_tokens" in spec.named_axes else (1,)
-    return tuple(_shapes_of(spec, _with_chunks(profile, count).axis_extents(factor)) for count in chunks)
+    ranks = () if slots is None else _slot_bounds(slots)
+    return tuple((*_shapes_of(spec, _with_chunks(profile, count).axis_extents(factor)), *ranks) for count in chunks)
+
+
+def _slot_bounds(slots: SlotsRecord) -> tuple[tuple[str, Bounds], ...]:
+    """Each slot by itself from rank 1, which stands for no adapter: nobody has seen 0 rows computed on a GPU."""
+    ranks = (1, min(_USUAL_RANK, slots.rank), slots.rank)
+    bounds = []
+    for slot in slots.slots:
+        least, usual, most = (slot_shapes(slot.shape, rank) for rank in ranks)
+        bounds += list(zip(input_names(slot.layer), zip(least, usual, most, strict=True), strict=True))
+    return tuple(bounds)
 
 
 def _with_chunks(profile: ShapeProfile, chunks: int) -> ShapeProfile:
