@@ -12,6 +12,9 @@ from sdopt.errors import ShapeError
 CHUNK_TOKENS = 77
 """What CLIP takes at a time. A longer prompt is several such chunks, which only the UNet sees side by side."""
 
+MOST_CHUNKS = 3
+"""Chunks of the longest prompt that a bundle can be built for."""
+
 
 @dataclass(frozen=True)
 class Extent:

@@ -30,7 +30,8 @@ from sdopt.pipeline.modules.engine_text_encoder import EngineTextEncoder
 from sdopt.pipeline.modules.engine_unet import EngineUNet
 from sdopt.pipeline.modules.engine_vae import EngineVAE
 from sdopt.pipeline.opened import OpenedBundle
-from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer, with_long_prompts
+from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer
+from sdopt.pipeline.prompt_encoding import reading_prompts
 from sdopt.pipeline.schedulers import make_scheduler
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import read_tensor
@@ -145,9 +146,7 @@ def _pipeline_class(manifest: BundleManifest) -> Any:
 
 
 def _sized_class(manifest: BundleManifest) -> Any:
-    kind = getattr(diffusers, PIPELINE_CLASSES[manifest.family][manifest.own_task])
-    if manifest.profile.chunk_counts[-1] > 1:
-        kind = with_long_prompts(kind)
+    kind = reading_prompts(getattr(diffusers, PIPELINE_CLASSES[manifest.family][manifest.own_task]))
     height_px, width_px = manifest.profile.height_px.opt, manifest.profile.width_px.opt
     # The refiner's has no size of its own: it draws on the picture that it is given.
     if height_px == width_px or not {"height", "width"} <= inspect.signature(kind.__call__).parameters.keys():

@@ -17,7 +17,6 @@ from typing import Any
 
 from sdopt.errors import SdoptError, UsageError
 from sdopt.pipeline.finite import require_finite_output
-from sdopt.pipeline.prompt_syntax import warn_of_syntax
 from sdopt.pipeline.step_limit import require_steps
 
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -109,7 +108,6 @@ def _check_prompts(given: Mapping[str, Any]) -> None:
         texts = value if isinstance(value, (list, tuple)) else [value]
         if wrong := next((text for text in texts if text is not None and not isinstance(text, str)), None):
             raise UsageError(f"{name} is {wrong!r}, and has to be a text or a list of texts")
-        warn_of_syntax(texts)
 
 
 def _check_size(pipe: Any, given: Mapping[str, Any]) -> None:

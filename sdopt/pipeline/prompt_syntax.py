@@ -1,20 +1,15 @@
-r"""What other programs read in a prompt and sdopt does not: it is refused or reported, never drawn as if it were words.
+r"""What other programs read in a prompt and sdopt does not: it is refused or reported, never drawn in silence as words.
 
-The rule, for text that no backslash escapes:
+What sdopt reads is in `prompt_grammar`. The rule for the rest, for text that no backslash escapes:
 
-- `(` with any text behind it: attention, as in `(word)`, `((word))` and `(word:1.3)` of A1111, and in `(word)1.3` and
-  `(a, b).and()` of Compel. A1111 weights plain parentheses like any others, so `a photo (2019)` counts.
-  A `(` that ends the prompt, as in `sad :(`, and a `)` without a `(`, as in `happy :)`, are characters.
-- `[` with any text behind it: less attention, `[from:to:0.5]` or `[a|b]` of A1111. A `]` without a `[` is a character.
+- `AND` in capitals, as a word of its own: A1111 draws such prompts apart and adds them.
 - `{` with a later `}`: `{a|b}` of dynamic prompts and ComfyUI, `{word}` of NovelAI.
-- `BREAK` and `AND` in capitals, as words of their own.
-- `<name:…>`, such as `<lora:x:1>` and `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and
-  `a < b` are characters.
+- `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and `a < b` are characters.
 - `embedding:name` of ComfyUI, at the start of a word; `embedding: name` is words.
 - `__name__`, a wildcard of dynamic prompts. `snake_case`, `^__^` and `____` are characters.
 - `--name` at the start of a word and `word::2`, of Midjourney. `--` alone and `16:9` are characters.
 
-A backslash before one of `( ) [ ] { } < > _ - :` or before another backslash, or before `BREAK`, `AND` and
+A backslash before one of `( ) [ ] { } < > _ - : |` or before another backslash, or before `BREAK`, `AND` and
 `embedding:`, makes it literal and is itself not drawn, as A1111 does for brackets. Any other backslash is a character.
 """
 
@@ -23,14 +18,13 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdopt.errors import UsageError
+from sdopt.pipeline.prompt_grammar import ESCAPED
 
 _log = logging.getLogger("sdopt")
 
-_ESCAPED = re.compile(r"\\([()\[\]{}<>_\-:\\]|(?:BREAK|AND)\b|embedding:)")
 # Stands for an escaped piece while syntax is looked for: a character that no rule names.
 _LITERAL = "\N{OBJECT REPLACEMENT CHARACTER}"
 _SHOWN_CHARACTERS = 60
@@ -45,34 +39,25 @@ class SyntaxPiece:
     literal: str
 
 
+_COMPOSITION = "several prompts that are drawn apart and added"
+
 # In the order in which a piece is named where several rules fit.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"<[A-Za-z_]\w*:[^<>]*>"), "a LoRA or another extra network"),
     (re.compile(r"<[A-Za-z][\w-]*>"), "the token of a textual inversion"),
     (re.compile(r"(?<!\S)\(*embedding:\S+"), "an embedding of ComfyUI"),
-    (re.compile(r"\((?:[^()]*)(?:\)[\d.]*|$)"), "attention"),
-    (re.compile(r"\((?=.*\S)"), "attention"),
-    (re.compile(r"\[[^\[\]]*:[^\[\]]*\]"), "words that change between the steps"),
-    (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), "words that take turns between the steps"),
-    (re.compile(r"\[(?:[^\[\]]*\]|(?=.*\S))"), "less attention"),
     (re.compile(r"\{[^{}]*\}"), "a choice of dynamic prompts"),
     (re.compile(r"\{(?=.*\})"), "a choice of dynamic prompts"),
     (re.compile(r"(?<![^\W_])__[A-Za-z0-9*][\w\-/.*]*?__(?![^\W_])"), "a wildcard"),
-    (re.compile(r"\b(?:BREAK|AND)\b"), "a keyword that splits the prompt"),
+    (re.compile(r"\bAND\b"), _COMPOSITION),
     (re.compile(r"(?<!\S)--[A-Za-z]\w*"), "a parameter of Midjourney"),
     (re.compile(r"(?<=\w)::-?\d[\d.]*"), "a weight of Midjourney"),
 )
 
 
-class LiteralPrompt(str):
-    """A prompt whose syntax has been dealt with: it is words, all of it."""
-
-    __slots__ = ()
-
-
 def find_syntax(prompt: str) -> SyntaxPiece | None:
     """The first piece of a prompt that other programs would not draw as words; None where there is none."""
-    escaped = [(match.start(), match.end()) for match in _ESCAPED.finditer(prompt)]
+    escaped = [(match.start(), match.end()) for match in ESCAPED.finditer(prompt)]
     text = prompt
     for start, end in escaped:
         text = f"{text[:start]}{_LITERAL * (end - start)}{text[end:]}"
@@ -80,8 +65,7 @@ def find_syntax(prompt: str) -> SyntaxPiece | None:
     found: list[tuple[int, int, SyntaxPiece]] = []
     for order, (pattern, meaning) in enumerate(_RULES):
         match = pattern.search(text)
-        # A bracket with nothing behind it cannot change anything.
-        if match is None or not text[match.start() + 1 :].strip():
+        if match is None:
             continue
         piece = prompt[match.start() : match.end()]
         shown = piece if len(piece) > 1 else prompt[match.start() : match.start() + _SHOWN_CHARACTERS]
@@ -89,18 +73,18 @@ def find_syntax(prompt: str) -> SyntaxPiece | None:
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def read_literally(prompt: str) -> LiteralPrompt:
-    """The words of a prompt without the backslashes that escape. Raises `UsageError` for syntax; see the module."""
-    if (piece := find_syntax(prompt)) is not None:
+def refuse_syntax(prompt: str, *, strict: bool) -> None:
+    """Raise `UsageError` for a piece that sdopt does not read; see the module.
+
+    Not `strict` only logs it, once for each piece, and leaves it to be drawn as words, except for `AND`: without it the
+    picture would be of something else.
+    """
+    piece = find_syntax(prompt)
+    if piece is None:
+        return
+    if strict or piece.meaning == _COMPOSITION:
         raise UsageError(_describe(piece), hint=f"to draw it as words, write {piece.literal}")
-    return LiteralPrompt(_ESCAPED.sub(r"\1", prompt))
-
-
-def warn_of_syntax(prompts: Iterable[object]) -> None:
-    """Log, once for each piece, what a pipeline of diffusers is about to draw as words."""
-    for prompt in prompts:
-        if isinstance(prompt, str) and not isinstance(prompt, LiteralPrompt) and (piece := find_syntax(prompt)):
-            _warn_once(_describe(piece))
+    _warn_once(_describe(piece))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -107,6 +107,8 @@ def _pipeline_for(pipe: DiffusionPipeline, request: DrawRequest) -> Any:
     """The pipeline itself where its class does this task, or a relative over the same engines."""
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
+    from sdopt.pipeline.prompt_encoding import reading_prompts, reads_prompts
+
     kind = type(pipe).__name__
     if isinstance(request, ImageToImage) and "Img2Img" not in kind:
         relative = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -114,5 +116,9 @@ def _pipeline_for(pipe: DiffusionPipeline, request: DrawRequest) -> Any:
         relative = AutoPipelineForInpainting.from_pipe(pipe)
     else:
         return pipe
+    if reads_prompts(pipe):
+        # Diffusers made it of its own class.
+        own: Any = type(relative)
+        relative.__class__ = reading_prompts(own)
     relative.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return relative

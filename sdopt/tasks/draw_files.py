@@ -15,7 +15,7 @@ from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.request import DrawRequest
 from sdopt.model.samplers import SCHEDULERS
 from sdopt.pictures.png import PictureRecipe, write_picture
-from sdopt.tasks.prepare import read_prompts
+from sdopt.tasks.prepare import check_prompts
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def draw_files(
     from sdopt.tasks.draw import draw_pictures
 
     for request in requests:
-        read_prompts(request)
+        check_prompts(request)
     _require_output(output, len(requests))
     folder = open_links(folder)
     for request in requests:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 def group_requests(pipe: DiffusionPipeline, requests: Sequence[PreparedRequest]) -> Iterator[Sequence[PreparedRequest]]:
     """Cut the requests, in order, into groups that are drawn in one call, none larger than the engine's batch."""
-    from sdopt.pipeline.prompt import count_chunks
+    from sdopt.pipeline.prompt_encoding import count_chunks
 
     def settings(prepared: PreparedRequest) -> object:
         request = prepared.request
         shared = request.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0})
         # A prompt that is filled up to the length of its neighbour's draws another picture than alone.
-        chunks = count_chunks(pipe, [prepared.prompt, prepared.negative_prompt or ""])
+        chunks = count_chunks(pipe, [prepared.prompt, prepared.negative_prompt or ""], request.steps)
         return shared, request.negative_prompt is None, chunks
 
     batch = _batch_of(pipe)

@@ -15,27 +15,36 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from PIL import Image
 
-    from sdopt.pipeline.prompt_syntax import LiteralPrompt
-
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request whose prompts are words, whose scheduler is made, and whose pictures are open."""
+    """A request whose prompts are as its pipeline takes them, whose scheduler is made, and whose pictures are open."""
 
     request: DrawRequest
-    prompt: LiteralPrompt
-    negative_prompt: LiteralPrompt | None
+    prompt: str
+    negative_prompt: str | None
     scheduler: SchedulerMixin
     image: Image.Image | None = None
     mask: Image.Image | None = None
 
 
-def read_prompts(request: DrawRequest) -> tuple[LiteralPrompt, LiteralPrompt | None]:
-    """The words of a request's prompts. Raises `UsageError` for syntax that would be drawn as words."""
-    from sdopt.pipeline.prompt_syntax import read_literally
+def check_prompts(request: DrawRequest) -> None:
+    """Raise `UsageError` for what a request's prompts have that is not drawn."""
+    from sdopt.pipeline.prompt_reading import read_prompt, refuse_adapters
 
-    negative = request.negative_prompt
-    return read_literally(request.prompt), None if negative is None else read_literally(negative)
+    for text in (request.prompt, request.negative_prompt or ""):
+        refuse_adapters(read_prompt(text, request.steps, strict=True).adapters)
+
+
+def _prompts_for(pipe: DiffusionPipeline, request: DrawRequest) -> tuple[str, str | None]:
+    """The prompt and the negative prompt as typed; for a pipeline that does not read them, their words."""
+    from sdopt.pipeline.prompt_encoding import reads_prompts
+    from sdopt.pipeline.prompt_reading import read_words
+
+    prompt, negative = request.prompt, request.negative_prompt
+    if reads_prompts(pipe):
+        return prompt, negative
+    return read_words(prompt), None if negative is None else read_words(negative)
 
 
 def prepare(
@@ -50,7 +59,8 @@ def prepare(
     schedulers: dict[str | None, SchedulerMixin] = {None: pipe.scheduler}
     prepared = []
     for request in requests:
-        prompt, negative = read_prompts(request)
+        check_prompts(request)
+        prompt, negative = _prompts_for(pipe, request)
         _check_task(pipe, request)
         if request.scheduler not in schedulers:
             schedulers[request.scheduler] = _make_scheduler(pipe, request.scheduler)
