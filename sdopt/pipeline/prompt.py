@@ -57,10 +57,10 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
             words = [PromptText.of_words(str(each)) for each in given]
             chunks = self.count_chunks(words) if own_length else length // CHUNK_TOKENS
             read = [each.in_chunks(chunks) for each in words]
-        filled = [(each.chunks, self._fill(each)) for each in read]
+        filled = [(each.chunks, self._fill(each, each.chunks)) for each in read]
         if padding == "max_length":  # pipelines ask for "longest" of the same text, to compare
-            for chunks, each in filled:
-                self._warn_of_cuts(each, chunks)
+            for _, each in filled:
+                self._warn_of_cuts(each)
         rows = [self._ids_of(chunks, each) for chunks, each in filled]
         return BatchEncoding(
             {"input_ids": [ids for ids, _ in rows], "attention_mask": [mask for _, mask in rows]}, tensor_type="pt"
@@ -68,22 +68,22 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
 
     def count_chunks(self, texts: Iterable[PromptText]) -> int:
         """How many chunks the longest of the texts gets: what it needs, and `most_chunks` at most."""
-        return max((len(self._fill(text).chunks) for text in texts), default=1)
+        return max((len(self._fill(text, self.most_chunks).chunks) for text in texts), default=1)
 
     def weights_of(self, texts: Sequence[PromptText]) -> torch.Tensor:
         """The weight of each token, fp32 (texts, tokens); of starts, ends and padding it is 1."""
         rows = []
         for text in texts:
             row = torch.ones(text.chunks, CHUNK_TOKENS)
-            for place, chunk in zip(row, self._fill(text).chunks, strict=False):
+            for place, chunk in zip(row, self._fill(text, text.chunks).chunks, strict=False):
                 place[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
             rows.append(row.flatten())
         return torch.stack(rows)
 
-    def _fill(self, text: PromptText) -> Filled:
+    def _fill(self, text: PromptText, most: int) -> Filled:
         words = iter(self._encode_words([piece.text for section in text.sections for piece in section]))
         sections = [[(next(words), piece.weight) for piece in section] for section in text.sections]
-        return fill_chunks(sections, most=max(self.most_chunks, text.chunks), comma=self._comma)
+        return fill_chunks(sections, most=most, comma=self._comma)
 
     @property
     def _comma(self) -> int | None:
@@ -110,19 +110,19 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
     def _ids_of(self, chunks: int, filled: Filled) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         mask: list[int] = []
-        for chunk in (*filled.chunks, *[Chunk()] * chunks)[:chunks]:
+        for chunk in (*filled.chunks, *[Chunk()] * (chunks - len(filled.chunks))):
             part = [self.bos_token_id, *chunk.ids, self.eos_token_id]
             missing = CHUNK_TOKENS - len(part)
             ids += [*part, *[self.pad_token_id] * missing]
             mask += [*[1] * len(part), *[0] * missing]
         return ids, mask
 
-    def _warn_of_cuts(self, filled: Filled, chunks: int) -> None:
-        rest = [id_ for chunk in filled.chunks[chunks:] for id_ in chunk.ids] + list(filled.rest)
+    def _warn_of_cuts(self, filled: Filled) -> None:
+        rest = list(filled.rest)
         if not rest:
             return
-        room = sum(len(chunk.ids) for chunk in filled.chunks[:chunks])
-        wanted = min(len(filled.chunks[:chunks]) + -(-len(rest) // WORDS), MOST_CHUNKS)
+        room = sum(len(chunk.ids) for chunk in filled.chunks)
+        wanted = min(len(filled.chunks) + -(-len(rest) // WORDS), MOST_CHUNKS)
         command = variant_command(f"--tokens {wanted * CHUNK_TOKENS}", self._folder)
         _log.warning(
             "a prompt of %d tokens is cut after %d, without %r%s", room + len(rest), room, self.decode(rest),

@@ -96,8 +96,8 @@ def _steps_in(given: Mapping[str, Any]) -> int:
 
 
 def _texts_in(bound: inspect.BoundArguments, name: str) -> Sequence[str]:
-    value = bound.arguments.get(name) or ()
-    return [value] if isinstance(value, str) else value
+    value = bound.arguments.get(name)
+    return [value] if isinstance(value, str) else value or ()
 
 
 def _encode_steps(kind: Any, pipe: Any, bound: inspect.BoundArguments, steps: int | None) -> Sequence[Encoded]:

@@ -244,20 +244,21 @@ def test_pictures_that_cannot_be_started_from(
         sdopt.draw(pipe, {"task": "image_to_image", "prompt": "x", "image": str(path)})
 
 
-def test_escaped_words_reach_the_tokenizer_without_backslashes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    seen: list[Any] = []
-    encode = pipe.encode_prompt
+def test_brackets_weigh_and_a_backslash_makes_them_words(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[torch.Tensor] = []
+    encode = pipe.text_encoder.forward
 
-    def remember(prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(prompt)
-        return encode(prompt, *args, **kwargs)
+    def remember(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(input_ids)
+        return encode(input_ids, *args, **kwargs)
 
-    pipe.encode_prompt = remember
-    sdopt.draw(pipe, {"prompt": r"a cat \(2019\)", "steps": 1})
-    assert seen == [["a cat (2019)"]]
-    assert "attention" not in caplog.text
-    with pytest.raises(UsageError, match="attention"):
-        sdopt.draw(pipe, {"prompt": "a cat (2019)", "steps": 1})
+    pipe.text_encoder.forward = remember
+    for prompt in (r"a cat \(2019\)", "a cat (2019)", "a cat 2019"):
+        sdopt.draw(pipe, {"prompt": prompt, "steps": 1})
+    literal, weighed, words = (ids[:1] for ids in seen[::2])
+    assert pipe.tokenizer.decode(literal[0], skip_special_tokens=True) == "a cat ( 2 0 1 9 )"
+    assert torch.equal(weighed, words)
+    assert not caplog.records
 
 
 def test_a_session_finishes_its_run_before_it_closes(bundle: ReferenceBundle) -> None:
