@@ -162,7 +162,9 @@ def emphasise(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     chunks = states.reshape(rows, -1, CHUNK_TOKENS, width)
     factors = weights.reshape(rows, -1, CHUNK_TOKENS, 1)
     weighed = chunks * factors
-    weighed = weighed * (chunks.mean(dim=(2, 3), keepdim=True) / weighed.mean(dim=(2, 3), keepdim=True))
+    mean, new_mean = (part.mean(dim=(2, 3), keepdim=True) for part in (chunks, weighed))
+    # States of a mean of exactly 0 have nothing to be given back.
+    weighed = weighed * torch.where(new_mean == 0, 1.0, mean / new_mean)
     changed = (factors != 1).any(dim=2, keepdim=True)
     return torch.where(changed, weighed, chunks).flatten(1, 2)
 
