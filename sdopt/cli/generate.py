@@ -75,8 +75,8 @@ def generate(
     """Draw a picture for each PROMPT with the bundle in FOLDER.
 
     Pictures are numbered and never overwrite another; several are also put on one sheet. A prompt may have as many
-    tokens as the bundle was built for: 75, or with --tokens of sdopt convert up to 225. Weights, LoRAs and other prompt
-    syntax are refused; a backslash makes a bracket literal: "a photo \\(2019\\)".
+    tokens as the bundle was built for: 75, or with --tokens of sdopt convert up to 225. It is read as A1111 reads it:
+    (word:1.3), [word], [from:to:0.5], [a|b], BREAK; a backslash makes a bracket literal: "a photo \\(2019\\)".
     """
     flags = {
         "negative_prompt": negative,

@@ -51,7 +51,7 @@ class _Request(BaseModel):
 
     `scheduler` None is the checkpoint's own. A `negative_prompt` of None is not quite the same as an empty one: SDXL
     then guides away from zeros. `clip_skip` counts as diffusers does: 1 takes the last but one layer (A1111 calls that
-    2). Prompts are as typed: `sdopt.pipeline.prompt_syntax` says what a backslash escapes.
+    2). Prompts are as typed: `sdopt.pipeline.prompt_grammar` says how they are read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from sdopt.errors import ArtifactError
+from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.request import DrawRequest, parse_request
 
 _NEGATIVE = "Negative prompt:"
@@ -59,6 +59,7 @@ def parse_infotext(text: str) -> DrawRequest:
         raise ArtifactError("the picture's parameters are not in A1111's format: the last line has no Steps and Seed")
     prompt, negative = _split_prompts(lines)
     settings = {key: _unquote(value) for key, value in settings.items()}
+    _require_same_rules(settings)
     values: dict[str, Any] = {"prompt": prompt, "steps": settings["Steps"], "seed": settings["Seed"]}
     values |= {"negative_prompt": negative} if negative else {}
     values |= {"guidance_scale": settings["CFG scale"]} if "CFG scale" in settings else {}
@@ -71,6 +72,14 @@ def parse_infotext(text: str) -> DrawRequest:
     if settings.get("Clip skip", "1").isdecimal() and (skip := int(settings.get("Clip skip", "1"))) > 1:
         values["clip_skip"] = skip - 1
     return parse_request(values)
+
+
+def _require_same_rules(settings: dict[str, str]) -> None:
+    """Refuse settings under which A1111 reads the same prompt otherwise; it writes them only where they matter."""
+    if (emphasis := settings.get("Emphasis", "Original")) != "Original":
+        raise UsageError(f"the picture was drawn with A1111's emphasis {emphasis!r}, and sdopt knows 'Original'")
+    if settings.get("Old prompt editing timelines") == "True":
+        raise UsageError("the picture was drawn with A1111's old timelines of prompt editing, which sdopt does not know")
 
 
 def _split_prompts(lines: list[str]) -> tuple[str, str]:

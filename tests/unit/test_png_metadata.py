@@ -309,6 +309,22 @@ def test_command_draws_and_draws_again(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_keeps_the_prompt_as_typed_and_draws_it_again(folder: Path, tmp_path: Path) -> None:
+    prompt = r"a (red:1.3) [circle:star:0.5] \(2019\) [blue|green]"
+    options = ("--steps", 4, "--seed", 3, "--negative", "(yellow)")
+    drawn = json.loads(run(folder, prompt, *options, "-o", tmp_path / "out", "--json").stdout)["pictures"]
+    recipe = read_recipe(Path(drawn[0]["path"]))
+    assert (recipe.request.prompt, recipe.request.negative_prompt) == (prompt, "(yellow)")
+    assert parse_infotext(_parameters(Path(drawn[0]["path"]))).prompt == prompt
+    run(folder, "--from-image", drawn[0]["path"], "-o", tmp_path / "again.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(drawn[0]["path"]))
+
+
+def _parameters(path: Path) -> str:
+    with Image.open(path) as image:
+        return str(image.info["parameters"])
+
+
 def test_command_says_where_another_picture_comes_from(folder: Path, tmp_path: Path) -> None:
     foreign = save_with(
         tmp_path / "a.png",
@@ -335,8 +351,9 @@ def test_command_seeds_itself(folder: Path, tmp_path: Path) -> None:
         (("x", "--seed", 2**63 - 1, "y"), "seed"),
         (("x", "y", "-o", "out.png"), "out.png is one file, and 2 pictures are asked for"),
         (("x", "-o", "{picture}"), "exists, and pictures are never overwritten"),
-        (("a (big:1.3) cat",), r"has '\(big:1.3\)', which other programs read as attention"),
-        (("x", "--negative", "<lora:x:1>"), "a LoRA or another extra network"),
+        (("a __big__ cat",), "has '__big__', which other programs read as a wildcard"),
+        (("a (big:1.3.1) cat",), "the weight '1.3.1', which is not a number"),
+        (("x", "--negative", "<lora:x:1>"), "the LoRA 'x', and LoRAs in prompts are not drawn yet"),
         (("x", "--steps", "1001"), "--steps is 1001, and has to be a whole number from 1 to 1000"),
         (("x", "--scale", "nan"), "--scale is nan, and has to be a number from 0 to 100"),
         (("x", "-o", "{file}"), "a file is in its place"),

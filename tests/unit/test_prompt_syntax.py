@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.errors import UsageError
-from sdopt.pipeline.prompt_syntax import LiteralPrompt, find_syntax, read_literally, warn_of_syntax
+from sdopt.pipeline.prompt_grammar import weigh
+from sdopt.pipeline.prompt_syntax import find_syntax, refuse_syntax
 
 WORDS = [
     "",
@@ -18,7 +19,6 @@ WORDS = [
     "16:9, cinematic",
     "salt & pepper, 50% grey",
     "a happy face :)",
-    "a sad face :(",
     "wink ;) and =D",
     "numbered 1) first 2) second",
     "a list] that was closed twice",
@@ -46,23 +46,10 @@ WORDS = [
 ]
 
 SYNTAX = {
-    "a (word:1.3) b": ("(word:1.3)", "attention"),
-    "((word))": ("((word))", "attention"),
-    "a photo (2019) of a cat": ("(2019)", "attention"),
-    "a face (: smiling": ("(: smiling", "attention"),
-    "a cat (unclosed": ("(unclosed", "attention"),
-    "(cat)1.5": ("(cat)1.5", "attention"),
-    "a [word] b": ("[word]", "less attention"),
-    "salt & pepper [detail]": ("[detail]", "less attention"),
-    "a [cat:dog:0.5]": ("[cat:dog:0.5]", "change between the steps"),
-    "a [cat:0.5]": ("[cat:0.5]", "change between the steps"),
-    "a [cat|dog]": ("[cat|dog]", "take turns"),
-    "a cat BREAK a dog": ("BREAK", "splits"),
-    "a cat AND a dog": ("AND", "splits"),
-    "a cat AND a dog :1.2": ("AND", "splits"),
+    "a cat AND a dog": ("AND", "drawn apart"),
+    "a cat AND a dog :1.2": ("AND", "drawn apart"),
     "x <lora:add_detail:0.7>": ("<lora:add_detail:0.7>", "a LoRA or another extra network"),
     "<hypernet:x:1>": ("<hypernet:x:1>", "a LoRA or another extra network"),
-    "<lyco:x>": ("<lyco:x>", "a LoRA or another extra network"),
     "a photo of <cat-toy>": ("<cat-toy>", "textual inversion"),
     "embedding:easynegative, fog": ("embedding:easynegative,", "embedding"),
     "(embedding:easynegative:1.2)": ("(embedding:easynegative:1.2)", "embedding"),
@@ -73,30 +60,33 @@ SYNTAX = {
     "__style/*__": ("__style/*__", "wildcard"),
     "a car --ar 16:9": ("--ar", "Midjourney"),
     "space::2 ship": ("::2", "Midjourney"),
-    "one\n(two)\nthree": ("(two)", "attention"),
-    "an \\(escaped\\) one and (not)": ("(not)", "attention"),
-    "a \\\\(word) behind a backslash": ("(word)", "attention"),
+    "one\n{two}\nthree": ("{two}", "dynamic prompts"),
+    "an \\{escaped\\} one and {not}": ("{not}", "dynamic prompts"),
+    "a \\\\{word} behind a backslash": ("{word}", "dynamic prompts"),
 }
 
 ESCAPED = {
-    "a photo \\(2019\\) of a cat": "a photo (2019) of a cat",
-    "\\[detail\\]": "[detail]",
     "\\{a|b\\}": "{a|b}",
     "\\<lora:x:1\\>": "<lora:x:1>",
-    "\\BREAK \\AND \\embedding:x": "BREAK AND embedding:x",
+    "\\AND \\embedding:x": "AND embedding:x",
     "\\__colour__ and _\\_colour__": "__colour__ and __colour__",
     "\\--ar": "--ar",
     "space\\::2": "space::2",
     "a \\\\ b": "a \\ b",
     "C:\\temp": "C:\\temp",
-    "\\(o_o\\)": "(o_o)",
 }
+
+
+def words_of(prompt: str) -> str:
+    (section,) = weigh(prompt)
+    assert all(piece.weight == 1 for piece in section)
+    return "".join(piece.text for piece in section)
 
 
 @pytest.mark.parametrize("prompt", WORDS)
 def test_words_are_drawn_as_they_are(prompt: str) -> None:
     assert find_syntax(prompt) is None
-    assert read_literally(prompt) == prompt
+    assert words_of(prompt) == prompt
 
 
 @pytest.mark.parametrize(("prompt", "expected"), SYNTAX.items())
@@ -107,13 +97,13 @@ def test_syntax_is_refused_and_its_piece_is_named(prompt: str, expected: tuple[s
     assert found.text == piece
     assert meaning in found.meaning
     with pytest.raises(UsageError, match="which other programs read as"):
-        read_literally(prompt)
+        refuse_syntax(prompt, strict=True)
 
 
 @pytest.mark.parametrize("prompt", SYNTAX)
 def test_the_hint_draws_the_piece_as_words(prompt: str) -> None:
     """Each refused piece, written as the hint says, until nothing is refused: the words of the prompt come out."""
-    text, words = prompt, re.sub(r"\\([\\()])", r"\1", prompt)
+    text, words = prompt, re.sub(r"\\([\\{}])", r"\1", prompt)
     for _ in range(9):
         found = find_syntax(text)
         if found is None:
@@ -121,34 +111,38 @@ def test_the_hint_draws_the_piece_as_words(prompt: str) -> None:
         assert found.text in text
         start = text.rindex(found.text) if "escaped" in prompt else text.index(found.text)
         text = text[:start] + found.literal + text[start + len(found.text) :]
-    assert read_literally(text) == words
+    assert words_of(text) == words
 
 
 @pytest.mark.parametrize(("prompt", "words"), ESCAPED.items())
 def test_a_backslash_makes_it_literal(prompt: str, words: str) -> None:
-    assert read_literally(prompt) == words
+    refuse_syntax(prompt, strict=True)
+    assert words_of(prompt) == words
 
 
 def test_a_piece_of_any_length_is_shown_shortened() -> None:
-    found = find_syntax(f"({'word ' * 900})")
+    found = find_syntax(f"{{{'word ' * 900}}}")
     assert found is not None
     assert len(found.text) == 60
 
 
 @given(st.text(st.sampled_from("ab (){}[]<>\\:|_-0.5ANDBREK\n"), max_size=40))
-def test_any_text_is_words_or_refused(prompt: str) -> None:
+def test_any_text_is_let_through_or_refused(prompt: str) -> None:
     if find_syntax(prompt) is None:
-        assert len(read_literally(prompt)) <= len(prompt)
+        refuse_syntax(prompt, strict=True)
         return
     with pytest.raises(UsageError, match="to draw it as words"):
-        read_literally(prompt)
+        refuse_syntax(prompt, strict=True)
 
 
-def test_a_pipeline_of_diffusers_warns_once_for_each_piece(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipeline_logs_each_piece_once_and_refuses_prompts_that_are_several(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "sdopt")
     for _ in range(2):
-        warn_of_syntax(["a (once:1.3) b", None, LiteralPrompt("a (silent:1.3) b"), "words"])
+        refuse_syntax("a {once|twice} b", strict=False)
+        refuse_syntax("words", strict=False)
     assert [record.message for record in caplog.records] == [
-        "the prompt has '(once:1.3)', which other programs read as attention and sdopt does not; the pipeline draws it "
-        "as plain words"
+        "the prompt has '{once|twice}', which other programs read as a choice of dynamic prompts and sdopt does not; "
+        "the pipeline draws it as plain words"
     ]
+    with pytest.raises(UsageError, match="drawn apart and added"):
+        refuse_syntax("a cat AND a dog", strict=False)
