@@ -79,7 +79,9 @@ def _require_same_rules(settings: dict[str, str]) -> None:
     if (emphasis := settings.get("Emphasis", "Original")) != "Original":
         raise UsageError(f"the picture was drawn with A1111's emphasis {emphasis!r}, and sdopt knows 'Original'")
     if settings.get("Old prompt editing timelines") == "True":
-        raise UsageError("the picture was drawn with A1111's old timelines of prompt editing, which sdopt does not know")
+        raise UsageError(
+            "the picture was drawn with A1111's old timelines of prompt editing, which sdopt does not know"
+        )
 
 
 def _split_prompts(lines: list[str]) -> tuple[str, str]:

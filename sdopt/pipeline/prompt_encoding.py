@@ -142,7 +142,7 @@ def _weigh(pipe: Any, states: torch.Tensor, texts: Sequence[Sequence[PromptText]
     of which there may be fewer, and whose states lie side by side.
 
     A1111's "Original" emphasis: states times weights, then times what gives the chunk its mean back; for each chunk of
-    each row and each encoder by itself. A chunk whose weights are all 1 stays as it is.
+    each row and each encoder by itself.
     """
     encoders = [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None)) is not None]
     parts = []
@@ -157,7 +157,10 @@ def _weigh(pipe: Any, states: torch.Tensor, texts: Sequence[Sequence[PromptText]
 
 
 def emphasise(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One encoder's states (rows, tokens, width) under the weights (rows, tokens) of their tokens."""
+    """One encoder's states (rows, tokens, width) under the weights (rows, tokens) of their tokens, fp32.
+
+    Where the weights of a chunk are all 1, so is the quotient of its means, and its states stay bit for bit.
+    """
     rows, _, width = states.shape
     chunks = states.reshape(rows, -1, CHUNK_TOKENS, width)
     factors = weights.reshape(rows, -1, CHUNK_TOKENS, 1)
@@ -165,8 +168,7 @@ def emphasise(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     mean, new_mean = (part.mean(dim=(2, 3), keepdim=True) for part in (chunks, weighed))
     # States of a mean of exactly 0 have nothing to be given back.
     weighed = weighed * torch.where(new_mean == 0, 1.0, mean / new_mean)
-    changed = (factors != 1).any(dim=2, keepdim=True)
-    return torch.where(changed, weighed, chunks).flatten(1, 2)
+    return weighed.flatten(1, 2)
 
 
 @dataclass

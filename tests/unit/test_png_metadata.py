@@ -150,6 +150,8 @@ def test_foreign_infotext_is_understood(tmp_path: Path) -> None:
         ("x\nSteps: 20, Sampler: Restart, CFG scale: 7, Seed: 1", UsageError, "no scheduler 'Restart'"),
         ("x\nSteps: many, Sampler: Euler, CFG scale: 7, Seed: 1", UsageError, "steps"),
         ("x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: -1", UsageError, "seed"),
+        ("(x)\nSteps: 20, Sampler: Euler, Seed: 1, Emphasis: No norm", UsageError, "emphasis 'No norm'"),
+        ("[x:2]\nSteps: 20, Seed: 1, Old prompt editing timelines: True", UsageError, "old timelines"),
     ],
 )
 def test_foreign_infotext_that_cannot_be_followed(text: str, kind: type[SdoptError], message: str) -> None:
