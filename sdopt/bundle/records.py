@@ -16,6 +16,15 @@ from sdopt.model.quantization import CalibrationSettings, ComponentQuantization,
 from sdopt.model.slots import Slot, SlotSet
 
 
+class BakedAdapter(Record):
+    """An adapter that was added to the weights before anything was traced, and how strongly."""
+
+    name: str
+    sha256: str
+    unet: float
+    text: float
+
+
 class SourceRecord(Record):
     """Where the weights came from. `digest` is over the weight files of the bundle, whatever files they came from."""
 
@@ -24,6 +33,8 @@ class SourceRecord(Record):
     revision: str = ""
     digest: str = ""
     licence: str = ""
+    adapters: tuple[BakedAdapter, ...] = ()
+    """What was added to the weights, in this order."""
 
 
 class OutputParity(Record):

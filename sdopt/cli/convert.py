@@ -17,6 +17,7 @@ from sdopt.cli.text import neutralise
 from sdopt.disk.files import hash_file, write_file
 from sdopt.errors import CheckpointError, RecipeError
 from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.model.lora import parse_lora
 from sdopt.model.recipe import BuildRecipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     "--size", metavar="SIZES", help="WxH pixels, several as WxH,WxH, a range as WxH..WxH.  [default: the model's own]"
 )
 @click.option("--batch", type=int, help="Pictures a run.  [default: 1]")
-@click.option("--tokens", type=int, help="Longest prompt: 77, 154 or 231 tokens.  [default: 77]")
+@click.option("--tokens", type=int, help="Longest prompt: 77 tokens or a multiple, up to 616.  [default: 77]")
 @click.option("--vae", metavar="SOURCE", help="Another VAE: a diffusers VAE folder, a single file or a Hub id.")
 @click.option(
     "--prediction",
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     help="What the UNet predicts: epsilon or v_prediction.  [default: what the model says]",
 )
 @click.option("--ema", is_flag=True, default=None, help="Take the checkpoint's EMA copy of the UNet.")
+@click.option(
+    "--lora", multiple=True, metavar="FILE[:WEIGHT[:TEXT]]",
+    help="Add a LoRA to the weights that are built; a second weight is that of the text encoders.",
+)  # fmt: skip
 @click.option(
     "--lora-slots",
     metavar="SLOTS",
@@ -127,7 +132,7 @@ def merge_recipe(
             # A precision that was asked for by name is not quantised by the way.
             values.pop("quantization", None)
             values.pop("require_quantized", None)
-    values |= {key: value for key, value in flags.items() if value is not None and key not in _VERIFY_FLAGS}
+    values |= {key: value for key, value in flags.items() if value not in (None, ()) and key not in _VERIFY_FLAGS}
     verify = {key: flags[key] for key in _VERIFY_FLAGS if flags.get(key) is not None}
     if verify:
         values["verify"] = {**values.get("verify", {}), **verify}
@@ -144,6 +149,13 @@ def _read_again(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     from sdopt.bundle.manifest import read_manifest
 
     recipe = read_manifest(folder).recipe
+    for text in recipe.lora if not flags.get("lora") else ():
+        path = Path(parse_lora(text).source)
+        if path.is_absolute() and not path.exists():
+            raise CheckpointError(
+                f"{path}, which is in the weights of {folder}, is no longer there",
+                hint=f"say where it is now: sdopt convert --again {shlex.quote(str(folder))} --lora FILE:WEIGHT",
+            )
     for key, example in (("source", "MODEL "), ("vae", "--vae VAE ")):
         path = Path(getattr(recipe, key))
         if path.is_absolute() and not path.exists() and flags.get(key) is None:

@@ -9,14 +9,17 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from sdopt import progress
+from sdopt.adapters.bake import bake
 from sdopt.checkpoint.checkpoint import Checkpoint, Choice
 from sdopt.checkpoint.infer import sample_size
 from sdopt.checkpoint.scheduler_config import with_prediction
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.plan import BuildPlan, resolve_build
 from sdopt.convert.vae_precision import choose_vae_precisions
+from sdopt.disk.store import Store, cache_root
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction
+from sdopt.model.lora import LoraChoice, parse_lora
 from sdopt.model.recipe import BuildRecipe
 from sdopt.processes.call import call
 from sdopt.processes.channel import JsonTable
@@ -32,9 +35,21 @@ def open_plan(recipe: BuildRecipe) -> BuildPlan:
     checkpoint = open_checkpoint(recipe.source, Choice(recipe.vae, recipe.prediction, recipe.ema))
     if checkpoint.prediction is None:
         checkpoint = _probe_prediction(checkpoint)
+    checkpoint = _with_adapters(checkpoint, recipe)
     plan = resolve_build(checkpoint, recipe)
     chosen = choose_vae_precisions(plan)
     return resolve_build(checkpoint, recipe, chosen) if chosen else plan
+
+
+def _with_adapters(checkpoint: Checkpoint, recipe: BuildRecipe) -> Checkpoint:
+    tensors = {name: source.tensors for name, source in checkpoint.components.items()}
+    baked = bake(tensors, [parse_lora(text) for text in recipe.lora], Store(cache_root()))
+    components = {
+        name: dataclasses.replace(source, tensors=baked.components[name])
+        for name, source in checkpoint.components.items()
+    }
+    source = checkpoint.source.model_copy(update={"adapters": baked.adapters})
+    return dataclasses.replace(checkpoint, components=components, source=source)
 
 
 def _with_absolute_paths(recipe: BuildRecipe) -> BuildRecipe:
@@ -42,8 +57,14 @@ def _with_absolute_paths(recipe: BuildRecipe) -> BuildRecipe:
     paths = {"source": recipe.source, "vae": recipe.vae}
     if recipe.quantization.endswith(".toml") or os.sep in recipe.quantization:
         paths["quantization"] = recipe.quantization
+    lora = tuple(_with_absolute_path(parse_lora(text)) for text in recipe.lora)
     found = {key: path for key, text in paths.items() if text and (path := Path(text).expanduser()).exists()}
-    return recipe.model_copy(update={key: str(path.resolve()) for key, path in found.items()})
+    return recipe.model_copy(update={"lora": lora} | {key: str(path.resolve()) for key, path in found.items()})
+
+
+def _with_absolute_path(lora: LoraChoice) -> str:
+    path = Path(lora.source).expanduser()
+    return str(dataclasses.replace(lora, source=str(path.resolve())) if path.exists() else lora)
 
 
 def _probe_prediction(checkpoint: Checkpoint) -> Checkpoint:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sdopt.adapters.bake import bake
 from sdopt.bundle.manifest import BundleManifest
 from sdopt.checkpoint.checkpoint import Choice
 from sdopt.checkpoint.source import open_checkpoint
-from sdopt.errors import ArtifactError, CheckpointError
+from sdopt.disk.store import Store, cache_root
+from sdopt.errors import AdapterError, ArtifactError, CheckpointError
 from sdopt.model.backend_settings import graph_dtype
 from sdopt.model.component import ComponentName
+from sdopt.model.lora import parse_lora
 from sdopt.weights.safetensors_header import TensorRef
 from sdopt.weights.stream import identify_weights
 
@@ -27,8 +30,10 @@ def find_origin(manifest: BundleManifest) -> dict[ComponentName, Mapping[str, Te
     missing = f"torch needs the checkpoint that {manifest.name} was quantised from, which is not there: "
     try:
         checkpoint = open_checkpoint(source, Choice(recipe.vae, recipe.prediction, recipe.ema, offline=True))
-        found = {name: checkpoint.components[name].tensors for name in quantized}
-    except (CheckpointError, KeyError) as error:
+        own = {name: part.tensors for name, part in checkpoint.components.items()}
+        baked = bake(own, [parse_lora(text) for text in recipe.lora], Store(cache_root())).components
+        found = {name: baked[name] for name in quantized}
+    except (CheckpointError, AdapterError, KeyError) as error:
         raise ArtifactError(f"{missing}{error}", hint=f"put it back at {recipe.source}") from error
     for name, record in quantized.items():
         if identify_weights(found[name], graph_dtype(record.precision, record.backend)) != record.weights_key:

@@ -12,6 +12,7 @@ from sdopt.errors import RecipeError, SdoptError, ShapeError, UsageError
 from sdopt.model.backend_settings import Frozen
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction, parse_prediction
+from sdopt.model.lora import parse_lora
 from sdopt.model.precision import Precision
 from sdopt.model.shape import parse_sizes
 from sdopt.model.slots import SlotSettings, parse_slots
@@ -59,7 +60,7 @@ class BuildRecipe(Frozen):
     size: str = ""
     """WIDTHxHEIGHT in pixels, several with commas, a range with `..`; empty takes the model's own size."""
     batch: int = 1
-    tokens: Literal[77, 154, 231] = 77
+    tokens: Literal[77, 154, 231, 308, 385, 462, 539, 616] = 77
     """The longest prompt, in tokens of its text encoders; every multiple of 77 up to it can be drawn."""
     dynamic: bool = False
     dialect: Dialect = Dialect.NATIVE_ATTENTION
@@ -69,6 +70,8 @@ class BuildRecipe(Frozen):
     """What the UNet predicts, whatever the checkpoint says, and a single file often says nothing; None believes it."""
     ema: bool = False
     """Take the averaged copy of the UNet's weights that some checkpoints hold beside the last ones."""
+    lora: tuple[str, ...] = ()
+    """Adapters to add to the weights: FILE, FILE:WEIGHT, or FILE:UNET:TEXT."""
     lora_slots: str = ""
     """LoRA slots in the UNet and the text encoders: a rank, as in `64`, or with their layers, as in `attention:64`."""
     require_fused: bool = False
@@ -109,6 +112,16 @@ class BuildRecipe(Frozen):
         if text:
             parse_bytes(text)
         return text
+
+    @field_validator("lora")
+    @classmethod
+    def _lora(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            try:
+                parse_lora(text)
+            except UsageError as error:
+                raise ValueError(error.message) from error
+        return texts
 
     @field_validator("lora_slots")
     @classmethod

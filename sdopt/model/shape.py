@@ -12,7 +12,7 @@ from sdopt.errors import ShapeError
 CHUNK_TOKENS = 77
 """What CLIP takes at a time. A longer prompt is several such chunks, which only the UNet sees side by side."""
 
-MOST_CHUNKS = 3
+MOST_CHUNKS = 8
 """Chunks of the longest prompt that a bundle can be built for."""
 
 

@@ -51,9 +51,7 @@ def engines(pipe: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def torch_pipe() -> Any:
-    opened = diffusers.StableDiffusionPipeline.from_pretrained(
-        TINY_SHAPES, safety_checker=None, dtype=torch.float32
-    )
+    opened = diffusers.StableDiffusionPipeline.from_pretrained(TINY_SHAPES, safety_checker=None, dtype=torch.float32)
     opened.set_progress_bar_config(disable=True)
     return opened
 

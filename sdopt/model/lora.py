@@ -1,0 +1,52 @@
+"""A LoRA as a user names it, with how strongly it acts: `ink.safetensors:0.8`, or `ink.safetensors:0.8:0.5`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sdopt.errors import UsageError
+
+_WEIGHT_LIMIT = 100.0
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """`source` is a path or a name; `unet` and `text` are the weights in the UNet and in the text encoders."""
+
+    source: str
+    unet: float = 1.0
+    text: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}:{self.unet:g}" if self.unet == self.text else f"{self.source}:{self.unet:g}:{self.text:g}"
+        )
+
+
+def parse_lora(text: str) -> LoraChoice:
+    """`FILE`, `FILE:WEIGHT` or `FILE:UNET:TEXT`. What is not a number belongs to the name, as in `C:ink`.
+
+    Raises `UsageError` for an empty name, and for a weight that is not finite or above 100.
+    """
+    source, weights = text, list[float]()
+    while len(weights) < 2:
+        head, colon, tail = source.rpartition(":")
+        number = _to_number(tail) if colon else None
+        if number is None:
+            break
+        source, weights = head, [number, *weights]
+    if not source.strip():
+        raise UsageError(f"{text!r} does not name a LoRA", hint="for example ink.safetensors:0.8")
+    if wrong := [weight for weight in weights if not abs(weight) <= _WEIGHT_LIMIT]:
+        raise UsageError(f"the weight of {source} is {wrong[0]:g}, and has to be from -100 to 100")
+    unet = weights[0] if weights else 1.0
+    return LoraChoice(source, unet, weights[1] if len(weights) > 1 else unet)
+
+
+def _to_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return math.inf if math.isnan(number) else number
