@@ -38,15 +38,25 @@ def load(
     return load_pipeline(folder, scheduler=scheduler, trust_engines=trust_engines)
 
 
-def draw(pipe: DiffusionPipeline, request: DrawRequest | Mapping[str, Any]) -> Image:
+def draw(
+    pipe: DiffusionPipeline,
+    request: DrawRequest | Mapping[str, Any],
+    *,
+    lora_folders: Iterable[str | PathLike[str]] = (),
+) -> Image:
     """Draw one picture with a pipeline of `load`: `sdopt.draw(pipe, {"prompt": "a red circle", "seed": 7})`.
 
     `request` has the fields of a request in `sdopt.model.request`; the same one on the same bundle and machine gives
-    the same picture. Safe to call from several threads. Raises `UsageError` for a request that cannot be drawn, prompt
-    syntax that would be drawn as words among them, `ShapeError` for a size not built for, and `DrawingError` where the
-    picture would have NaN or infinity.
+    the same picture. LoRAs that it names, also in its prompt, are looked for in `lora_folders`. Safe to call from
+    several threads. Raises `UsageError` for a request that cannot be drawn, prompt syntax that would be drawn as words
+    among them, `AdapterError` for a LoRA that is not there or does not fit, `ShapeError` for a size not built for, and
+    `DrawingError` where the picture would have NaN or infinity.
     """
+    from pathlib import Path
+
     from sdopt.model.request import parse_request
     from sdopt.tasks.draw import draw_picture
+    from sdopt.tasks.loras import LoraFinder
 
-    return draw_picture(pipe, parse_request(request) if isinstance(request, Mapping) else request)
+    finder = LoraFinder([Path(folder) for folder in lora_folders])
+    return draw_picture(pipe, parse_request(request) if isinstance(request, Mapping) else request, loras=finder)

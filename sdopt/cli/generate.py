@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import sys
@@ -13,6 +14,7 @@ import rich_click as click
 from sdopt import progress
 from sdopt.cli.text import TRUST_ENGINE_HELP
 from sdopt.errors import UsageError
+from sdopt.model.lora import parse_lora
 from sdopt.model.request import DrawRequest, parse_request
 from sdopt.model.samplers import SchedulerName
 from sdopt.model.shape import parse_size
@@ -50,6 +52,14 @@ _FLAGS = {
 @click.option("--scale", type=float, help="Guidance scale (CFG). 1 or less turns guidance off.  [default: 7.5]")
 @click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
 @click.option("--size", metavar="WxH", help="One that the bundle was built for.  [default: its first]")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:WEIGHT[:TEXT]]",
+    help="A LoRA that acts on every picture; a second weight is that of the text encoders.",
+)  # fmt: skip
+@click.option(
+    "--lora-folder", "lora_folders", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Where the LoRAs are that prompts name, as in <lora:ink:0.8>.",
+)  # fmt: skip
 @click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
@@ -67,6 +77,8 @@ def generate(
     scale: float | None,
     seed: int | None,
     size: str | None,
+    loras: tuple[str, ...],
+    lora_folders: tuple[Path, ...],
     scheduler: str | None,
     from_image: Path | None,
     trust_engines: tuple[str, ...],
@@ -85,16 +97,19 @@ def generate(
         "seed": seed,
         "scheduler": scheduler,
     }
-    given = {name: value for name, value in flags.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if size is not None:
         given["width_px"], given["height_px"] = parse_size(size)
+    if loras:
+        given["loras"] = [dataclasses.asdict(parse_lora(text)) for text in loras]
     recipe = _read(from_image)
     requests = _make_requests(recipe, prompts, given)
     with progress.shown_on_stderr():
         drawn = draw_files(
             folder, output, requests, trust_engines=trust_engines, names=_FLAGS,
             on_bundle=lambda digest: _compare_bundles(recipe, digest),
-            on_step=lambda share: progress.update("drawing", share),
+            on_step=lambda share: progress.update("drawing", share), lora_folders=lora_folders,
+            expected_loras={} if recipe is None else {use.source: use.sha256 for use in recipe.loras},
         )  # fmt: skip
     grid = _write_grid([picture.path for picture in drawn])
     if as_json:

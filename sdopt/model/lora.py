@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from sdopt.errors import UsageError
 
 _WEIGHT_LIMIT = 100.0
@@ -22,6 +24,21 @@ class LoraChoice:
         return (
             f"{self.source}:{self.unet:g}" if self.unet == self.text else f"{self.source}:{self.unet:g}:{self.text:g}"
         )
+
+
+class LoraUse(BaseModel):
+    """A LoRA of a request. `source` is a path, or the name of a file without its folder.
+
+    `sha256` is that of the file, where it has to be a certain one. `name` is that of the adapter in a pipeline.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(min_length=1, max_length=4096)
+    unet: float = Field(default=1.0, ge=-_WEIGHT_LIMIT, le=_WEIGHT_LIMIT)
+    text: float = Field(default=1.0, ge=-_WEIGHT_LIMIT, le=_WEIGHT_LIMIT)
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    name: str = Field(default="", exclude=True)
 
 
 def parse_lora(text: str) -> LoraChoice:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from sdopt.errors import UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.samplers import SchedulerName, parse_scheduler
 from sdopt.model.task import Task
 
@@ -63,6 +64,8 @@ class _Request(BaseModel):
     seed: _Whole = Field(default=0, ge=0, lt=SEED_LIMIT)
     scheduler: Annotated[SchedulerName, BeforeValidator(_to_scheduler)] | None = None
     clip_skip: _Skip | None = None
+    loras: tuple[LoraUse, ...] = Field(default=(), max_length=64)
+    """What acts on the picture beside what the prompt names with `<lora:name:weight>`."""
 
 
 class TextToImage(_Request):

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdopt._version import __version__
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.request import TASKS, DrawRequest
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 
@@ -49,6 +50,8 @@ class PictureRecipe(BaseModel):
     bundle: str = ""
     bundle_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     request: DrawRequest
+    loras: tuple[LoraUse, ...] = ()
+    """What acted on the picture, with the digests of the files: of the request's list, then of its prompt."""
 
 
 def write_picture(

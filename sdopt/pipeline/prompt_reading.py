@@ -96,11 +96,12 @@ def read_words(prompt: str) -> str:
 
 
 def refuse_adapters(adapters: Sequence[AdapterTag]) -> None:
-    """Raise `UsageError` for the first: no pipeline takes adapters from prompts yet."""
+    """Raise `UsageError` for the first: a pipeline that is called itself does not know where LoRAs are."""
     for tag in adapters:
         raise UsageError(
-            f"the prompt asks for the LoRA {tag.name!r}, and LoRAs in prompts are not drawn yet",
-            hint="merge it into the checkpoint before sdopt convert; to draw the tag as words, write \\<lora:…\\>",
+            f"the prompt asks for the LoRA {tag.name!r}, and this call does not know where LoRAs are",
+            hint="pipe.load_lora_weights(file) and pipe.set_adapters(name, weight); or draw a request with sdopt.draw. "
+            "To draw the tag as words, write \\<lora:…\\>",
         )
 
 

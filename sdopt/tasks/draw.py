@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sdopt.model.request import DrawRequest, ImageToImage, Inpaint, TextToImage
 from sdopt.tasks.group import group_requests
+from sdopt.tasks.loras import LoraFinder, active_loras
 from sdopt.tasks.prepare import PreparedRequest, prepare
 
 if TYPE_CHECKING:
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def draw_picture(pipe: DiffusionPipeline, request: DrawRequest) -> Image.Image:
+def draw_picture(pipe: DiffusionPipeline, request: DrawRequest, *, loras: LoraFinder | None = None) -> Image.Image:
     """Draw one picture. See `draw_pictures`."""
-    return next(draw_pictures(pipe, [request]))
+    return next(draw_pictures(pipe, [request], loras=loras))
 
 
 def draw_pictures(
@@ -27,13 +29,17 @@ def draw_pictures(
     *,
     names: Mapping[str, str] | None = None,
     on_step: Callable[[float], None] | None = None,
+    loras: LoraFinder | None = None,
+    on_prepared: Callable[[Sequence[PreparedRequest]], None] = lambda prepared: None,
+    expected_loras: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Image.Image]:
     """Draw a picture for each request, in order; neighbours with the same settings share the engine's batch.
 
-    Each picture has its own generator, so its noise depends on its seed alone. `on_step` is told the share of
-    all the work that is done; `names` are what the user calls the fields of a request. `pipe` is of `sdopt.load`; where
-    no request names a scheduler, any text-to-image pipeline. Several threads may draw with one pipeline: each group of
-    pictures waits for its turn.
+    Each picture has its own generator, so its noise depends on its seed alone. `on_step` is told the share of all the
+    work that is done; `names` are what the user calls the fields of a request. `loras` finds the LoRAs that requests
+    name, whose digests are those of `expected_loras`; `on_prepared` is told what was found, before the first picture.
+    `pipe` is of `sdopt.load`; where no request names a scheduler, any text-to-image pipeline. Several threads may draw
+    with one pipeline: each group of pictures waits for its turn.
 
     Raises, before the first picture, `UsageError` for a request that the pipeline cannot draw and `ShapeError` for a
     size not built for; and `DrawingError` where a picture would have NaN or infinity.
@@ -41,7 +47,9 @@ def draw_pictures(
     from sdopt.pipeline.guarded_call import drawing_turn
 
     with drawing_turn(pipe):
-        groups = list(group_requests(pipe, prepare(pipe, requests, names)))
+        prepared = prepare(pipe, requests, names, loras, expected_loras)
+        groups = list(group_requests(pipe, prepared))
+    on_prepared(prepared)
     done = 0
     for group in groups:
 
@@ -73,7 +81,8 @@ def _draw(
     relative.scheduler = group[0].scheduler
     arguments = {**_arguments(group), "callback_on_step_end": on_step_end, "output_type": "np"}
     try:
-        drawn = guard_call(relative, functools.partial(relative, **arguments), arguments)
+        with active_loras(relative, group[0].loras):
+            drawn = guard_call(relative, functools.partial(relative, **arguments), arguments)
     finally:
         relative.scheduler = own
     require_finite_output(drawn)

@@ -6,16 +6,19 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdopt._version import __version__
 from sdopt.bundle.linked import open_links
 from sdopt.disk.files import disk_errors
 from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest
 from sdopt.model.samplers import SCHEDULERS
 from sdopt.pictures.png import PictureRecipe, write_picture
-from sdopt.tasks.prepare import check_prompts
+from sdopt.tasks.loras import LoraFinder, list_loras
+from sdopt.tasks.prepare import PreparedRequest, check_prompts
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ def draw_files(
     names: Mapping[str, str] | None = None,
     on_bundle: Callable[[str], None] = lambda digest: None,
     on_step: Callable[[float], None] | None = None,
+    lora_folders: Sequence[Path] = (),
+    expected_loras: Mapping[str, str] = MappingProxyType({}),
 ) -> list[DrawnPicture]:
     """Draw the requests with the bundle in `folder`, and write each picture as soon as it is drawn.
 
     `output` is a folder, made where it is missing, or the .png file of the only picture; nothing is overwritten.
     `on_bundle` is told the digest of the bundle before anything is drawn, `on_step` the share of the work done, and
-    `names` are what the user calls the fields of a request. Raises what `draw_pictures` and `sdopt.load` raise,
+    `names` are what the user calls the fields of a request. LoRAs are looked for in `lora_folders`, and their files
+    have the digests of `expected_loras`, by name. Raises what `draw_pictures` and `sdopt.load` raise,
     `UsageError` for an output that cannot be, and `ArtifactError` or `MissingHardware` where it cannot be written.
     """
     from sdopt.pipeline.assemble import read_scheduler
@@ -62,8 +68,11 @@ def draw_files(
     from sdopt.pipeline.step_limit import require_steps
     from sdopt.tasks.draw import draw_pictures
 
+    finder = LoraFinder(lora_folders)
     for request in requests:
         check_prompts(request)
+        for use in list_loras(request):
+            finder.find(use.source)
     _require_output(output, len(requests))
     folder = open_links(folder)
     for request in requests:
@@ -76,8 +85,15 @@ def draw_files(
         pipe.set_progress_bar_config(disable=True)
         bundle = opened_bundle(pipe)
         on_bundle(bundle.digest)
-        images = draw_pictures(pipe, requests, names=names, on_step=on_step)
-        return [_write(output, pipe, request, image) for request, image in zip(requests, images, strict=True)]
+        prepared: list[PreparedRequest] = []
+        images = draw_pictures(
+            pipe, requests, names=names, on_step=on_step, loras=finder, on_prepared=prepared.extend,
+            expected_loras=expected_loras,
+        )  # fmt: skip
+        # `prepared` is filled when the first picture is asked for.
+        return [
+            _write(output, pipe, requests[number], image, prepared[number].loras) for number, image in enumerate(images)
+        ]
     finally:
         close_engines(pipe)
 
@@ -87,14 +103,18 @@ def is_picture(output: Path) -> bool:
     return output.suffix.lower() == ".png" and not output.is_dir()
 
 
-def _write(output: Path, pipe: Any, request: DrawRequest, image: Any) -> DrawnPicture:
+def _write(
+    output: Path, pipe: Any, request: DrawRequest, image: Any, loras: tuple[LoraUse, ...]
+) -> DrawnPicture:  # fmt: skip
     from sdopt.pipeline.opened import opened_bundle
     from sdopt.pipeline.schedulers import label_of
 
     bundle = opened_bundle(pipe)
     manifest = bundle.manifest
     sampler = label_of(pipe.scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
-    recipe = PictureRecipe(sdopt=__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request)
+    recipe = PictureRecipe(
+        sdopt=__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request, loras=loras
+    )
     path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
     return DrawnPicture(path, sampler, request, image.width, image.height)
 

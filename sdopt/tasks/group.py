@@ -21,7 +21,7 @@ def group_requests(pipe: DiffusionPipeline, requests: Sequence[PreparedRequest])
         shared = request.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0})
         # A prompt that is filled up to the length of its neighbour's draws another picture than alone.
         chunks = count_chunks(pipe, [prepared.prompt, prepared.negative_prompt or ""], request.steps)
-        return shared, request.negative_prompt is None, chunks
+        return shared, prepared.loras, request.negative_prompt is None, chunks
 
     batch = _batch_of(pipe)
     for _, neighbours in groupby(requests, settings):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest, Inpaint, TextToImage
 from sdopt.model.task import Task
+from sdopt.tasks.loras import LoraFinder, list_loras, load_loras
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -26,33 +29,40 @@ class PreparedRequest:
     scheduler: SchedulerMixin
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    loras: tuple[LoraUse, ...] = ()
+    """What is loaded into the pipeline for it."""
 
 
 def check_prompts(request: DrawRequest) -> None:
     """Raise `UsageError` for what a request's prompts have that is not drawn."""
-    from sdopt.pipeline.prompt_reading import read_prompt, refuse_adapters
+    from sdopt.pipeline.prompt_reading import read_prompt
 
     for text in (request.prompt, request.negative_prompt or ""):
-        refuse_adapters(read_prompt(text, request.steps, strict=True).adapters)
+        read_prompt(text, request.steps, strict=True)
+    list_loras(request)
 
 
 def _prompts_for(pipe: DiffusionPipeline, request: DrawRequest) -> tuple[str, str | None]:
-    """The prompt and the negative prompt as typed; for a pipeline that does not read them, their words."""
+    """The prompt without the LoRAs that it names, and the negative prompt; where they are not read, their words."""
     from sdopt.pipeline.prompt_encoding import reads_prompts
+    from sdopt.pipeline.prompt_grammar import take_adapters
     from sdopt.pipeline.prompt_reading import read_words
 
-    prompt, negative = request.prompt, request.negative_prompt
+    prompt, negative = take_adapters(request.prompt)[0], request.negative_prompt
     if reads_prompts(pipe):
         return prompt, negative
     return read_words(prompt), None if negative is None else read_words(negative)
 
 
 def prepare(
-    pipe: DiffusionPipeline, requests: Sequence[DrawRequest], names: Mapping[str, str] | None = None
-) -> list[PreparedRequest]:
-    """Check every request, in order. `names` are what the user calls the fields.
+    pipe: DiffusionPipeline, requests: Sequence[DrawRequest], names: Mapping[str, str] | None = None,
+    loras: LoraFinder | None = None, expected_loras: Mapping[str, str] = MappingProxyType({}),
+) -> list[PreparedRequest]:  # fmt: skip
+    """Check every request, in order. `names` are what the user calls the fields, and `loras` finds what they name; the
+    files have the digests of `expected_loras`, by their names.
 
-    Raises `UsageError` for what this pipeline cannot draw, `ShapeError` for a size that it was not built for.
+    Raises `UsageError` for what this pipeline cannot draw, `ShapeError` for a size that it was not built for, and
+    `AdapterError` for a LoRA that is not there or that the engines do not take.
     """
     from sdopt.pipeline.step_limit import require_steps
 
@@ -68,7 +78,8 @@ def prepare(
         require_steps(scheduler, request.steps, name=(names or {}).get("steps", "steps"))
         image, mask = _open_pictures(request)
         _check_size(pipe, request, image)
-        prepared.append(PreparedRequest(request, prompt, negative, scheduler, image, mask))
+        used = load_loras(pipe, request, loras or LoraFinder(), expected_loras)
+        prepared.append(PreparedRequest(request, prompt, negative, scheduler, image, mask, used))
     return prepared
 
 
