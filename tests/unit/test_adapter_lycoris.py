@@ -77,7 +77,8 @@ def write_modules(path: Path, networks: Networks, algorithm: str, **options: Any
         state |= {f"{stem}.{key}": value for key, value in module.state_dict().items() if key != "scalar"}
         weight = original.weight.detach()
         if algorithm == "full":  # a module that was never applied saves its weight less the layer's
-            module = type(module).make_module_from_state_dict(layer, original, *module.custom_state_dict().values())
+            saved = module.custom_state_dict()
+            module = type(module).make_module_from_state_dict(layer, original, saved["diff"], saved.get("diff_b"))
         # get_diff_weight of LoHa and LoKr multiplies by the scale twice; get_weight is what forward adds.
         delta = (
             module.get_weight(weight.shape) if algorithm in ("loha", "lokr") else module.get_diff_weight(1)[0]
@@ -204,7 +205,8 @@ def test_dora_of_peft(sd1: Networks, tmp_path: Path) -> None:
     for component, layers in pairs.items():
         for layer in layers:
             weight = sd1.weight(component, layer)
-            magnitude = weight.norm(dim=1) if weight.ndim == 2 else weight.norm(dim=(1, 2, 3))[None, :, None, None]
+            magnitude = weight.flatten(1).norm(dim=1)
+            magnitude = magnitude if weight.ndim == 2 else magnitude[None, :, None, None]
             state[f"{dotted_name(component, layer)}.lora_magnitude_vector"] = magnitude * 1.5
     path = write_state(path, state)
     assert read_adapter_file(path).kind is AdapterKind.DORA
