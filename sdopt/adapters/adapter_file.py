@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import struct
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,25 +10,18 @@ from enum import StrEnum
 from pathlib import Path
 
 from sdopt.adapters.factors import find_rank, has_kernel, matrix_shape
-from sdopt.adapters.keys import LayerKind, find_gap, find_kinds, name_other_kind, split_key
+from sdopt.adapters.header import DOWNLOAD_AGAIN, find_file, open_header, refuse_keys
+from sdopt.adapters.keys import LayerKind, find_gap, find_kinds, split_key
 from sdopt.adapters.metadata import FewStep, PeftSettings, name_writer, read_metadata, read_peft_settings
 from sdopt.adapters.stems import split_stem
 from sdopt.errors import AdapterError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
-from sdopt.weights.safetensors_header import SafetensorsFile, TensorRef, read_header
-from sdopt.weights.tensor_kinds import name_kind
+from sdopt.weights.safetensors_header import TensorRef, quantised_error
 
-# SDXL with every layer as LoKr and DoRA has some 9,000 tensors, and the tag tables of a large training a few MB.
-_TENSOR_LIMIT = 40_000
-_HEADER_LIMIT_BYTES = 32_000_000
-_NAME_LIMIT_CHARACTERS = 400
 _SIDECAR_LIMIT_BYTES = 1_000_000
-# In a folder that diffusers or PEFT wrote.
-_FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 # The width of the text that the UNets of published models attend to.
 TEXT_WIDTHS = {768: Family.SD1, 1024: Family.SD2, 2048: Family.SDXL, 1280: Family.SDXL_REFINER}
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 class AdapterKind(StrEnum):
@@ -112,8 +104,8 @@ def read_adapter_file(path: Path) -> AdapterFile:
     Raises `AdapterError` for a file that is something else, is a pickle, or has half a layer, and `CheckpointError` or
     `UnsafeInputError` for one that is no sound safetensors file.
     """
-    path = _find_file(Path(path))
-    header = _read_header(path)
+    path = find_file(Path(path))
+    header = open_header(path)
     stems: dict[str, dict[str, TensorRef]] = {}
     others: list[str] = []
     embeddings: dict[str, None] = {}
@@ -123,9 +115,9 @@ def read_adapter_file(path: Path) -> AdapterFile:
         elif (split := split_key(key)) is None:
             others.append(key)
         elif stems.setdefault(split[0], {}).setdefault(split[1], ref) is not ref:
-            raise AdapterError(f"{path} has two tensors for the {split[1]} of {split[0]}")
+            raise AdapterError(f"{path} has two tensors for the {split[1]} of {split[0]}", hint=DOWNLOAD_AGAIN)
     if others or not stems:
-        _refuse_keys(path, header, others, len(stems))
+        refuse_keys(path, header, others, len(stems))
     layers = tuple(_read_layer(path, stem, parts) for stem, parts in stems.items())
     said = read_metadata(header.metadata, path.stem)
     ranks = [layer.rank for layer in layers if layer.rank]
@@ -139,84 +131,21 @@ def read_adapter_file(path: Path) -> AdapterFile:
     )  # fmt: skip
 
 
-def _find_file(path: Path) -> Path:
-    if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
-        if not found:
-            raise AdapterError(
-                f"{path} is a folder without {' or '.join(_FOLDER_FILES)}", hint="give the adapter's file"
-            )
-        return found[0]
-    if path.suffix.lower() in _PICKLES and path.is_file():
-        target = path.with_suffix(".safetensors")
-        code = (
-            "import sys, torch, safetensors.torch as s; "
-            "s.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
-        )
-        raise AdapterError(
-            f"{path} is a pickle, which can run code when it is opened; sdopt reads adapters from safetensors only",
-            hint=f"convert it: {shlex.join(['python', '-c', code, str(path), str(target)])}",
-        )
-    return path
-
-
-def _read_header(path: Path) -> SafetensorsFile:
-    """Refuses what is far too large for an adapter before it is parsed."""
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            size_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            raw = file.read(size_bytes) if size_bytes <= _HEADER_LIMIT_BYTES else b""
-    except OSError as error:
-        raise AdapterError(
-            f"cannot read {path}: {error.strerror}", hint="give the path of a .safetensors file"
-        ) from error
-    # A file that is no safetensors file has a random number here: its reader says so.
-    whole = size_bytes <= path.stat().st_size - 8
-    if whole and (not raw or raw.count(b'"data_offsets"') > _TENSOR_LIMIT) and size_bytes:
-        raise AdapterError(
-            f"{path} is not an adapter: it has over {_TENSOR_LIMIT} tensors, or {size_bytes / 1e6:.0f} MB of names",
-            hint="sdopt inspect says what it is",
-        )
-    header = read_header(path)
-    long = next((key for key in header.tensors if len(key) > _NAME_LIMIT_CHARACTERS), None)
-    if long:
-        raise AdapterError(f"{path} has a tensor whose name has {len(long)} characters: {long[:40]}…")
-    return header
-
-
-def _refuse_keys(path: Path, header: SafetensorsFile, others: list[str], layers: int) -> None:
-    other = name_other_kind(others)
-    if other:
-        raise AdapterError(
-            f"{path} is {other}, and sdopt reads LoRA, LoCon, LoHa, LoKr, DoRA and full differences",
-            hint="merge it into a checkpoint with the tool that made it, and convert that",
-        )
-    if layers:
-        raise AdapterError(
-            f"{path}: {len(others)} of its {len(header.tensors)} tensors are not parts of an adapter, among them "
-            f"{min(others)[:80]!r}",
-            hint="sdopt inspect lists what is in the file; take it again from where it came from",
-        )
-    whole = any(key.startswith("model.diffusion_model.") for key in others)
-    kind = "a Stable Diffusion checkpoint" if whole else name_kind(others) or "a file of other tensors"
-    hint = f"sdopt convert {shlex.quote(str(path))}" if whole else "give a LoRA or LyCORIS file"
-    raise AdapterError(f"{path} is not an adapter: it is {kind}", hint=hint)
-
-
 def _read_layer(path: Path, stem: str, parts: Mapping[str, TensorRef]) -> FileLayer:
-    gap = find_gap(parts)
-    if gap:
-        raise AdapterError(
-            f"{path}: {stem} is not whole: {gap}", hint="download the file again, or take it from its maker"
-        )
     kinds = find_kinds(parts)
     kind = kinds[0] if kinds else None
+    if gap := find_gap(parts):
+        raise AdapterError(f"{path}: {stem} is not whole: {gap}", hint=DOWNLOAD_AGAIN)
+    for part, ref in parts.items():
+        if part == "alpha" and math.prod(ref.shape) != 1:
+            raise AdapterError(f"{path}: the alpha of {stem} is not a number: {list(ref.shape)}", hint=DOWNLOAD_AGAIN)
+        if part != "alpha" and not ref.dtype.is_float:
+            raise quantised_error(path, f"{stem}.{part}", str(ref.dtype))
     try:
         rank = find_rank(kind, {part: ref.shape for part, ref in parts.items()}) if kind else 0
     except ValueError as error:
         raise AdapterError(
-            f"{path}: the shapes of {stem} contradict each other: {error}", hint="download the file again"
+            f"{path}: the shapes of {stem} contradict each other: {error}", hint=DOWNLOAD_AGAIN
         ) from None
     return FileLayer(stem, *split_stem(stem), kind, rank, parts)
 

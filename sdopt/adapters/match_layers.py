@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from sdopt.adapters.adapter_file import TEXT_WIDTHS, AdapterFile, FileLayer, reads_text
 from sdopt.adapters.factors import matrix_shape
+from sdopt.adapters.keys import LayerKind
 from sdopt.adapters.stems import index_layers
+from sdopt.adapters.tensor_bytes import TensorReader
 from sdopt.errors import AdapterError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
@@ -38,8 +40,6 @@ def match_layers(file: AdapterFile, layers: Layers) -> list[Match]:
     """In the order of the file. Raises `AdapterError` unless each of its layers is one of the bundle, in name and in
     shape, and none is there twice.
     """
-    if not file.layers:
-        raise AdapterError(f"{file.path} has no layers", hint="give a LoRA or LyCORIS file")
     indices = {component: index_layers(component, shapes) for component, shapes in layers.items()}
     matches: dict[tuple[ComponentName, str], Match] = {}
     unknown: list[FileLayer] = []
@@ -61,16 +61,22 @@ def match_layers(file: AdapterFile, layers: Layers) -> list[Match]:
             )
         matches[component, layer] = Match(component, layer, shape, each)
     if unknown or unlike:
-        _refuse(file, layers, unknown, unlike, len(matches))
+        _require_family(file, layers)
+        idle = _find_idle(file, unknown)
+        unknown = [each for each in unknown if each.stem not in idle]
+    if unknown or unlike or not matches:
+        _refuse(file, unknown, unlike, len(matches))
     return list(matches.values())
 
 
-def require_slots(file: AdapterFile, matches: Sequence[Match], slots: Mapping[ComponentName, Collection[str]]) -> None:
-    """Raise `AdapterError` where a layer that the file changes has no slot in the engines."""
+def keep_slots(file: AdapterFile, matches: list[Match], slots: Mapping[ComponentName, Collection[str]]) -> list[Match]:
+    """Those that are to be loaded. Raises `AdapterError` where a layer that the file changes has no slot."""
     sets = {component: frozenset(names) for component, names in slots.items()}
     lacking = [match for match in matches if match.layer not in sets.get(match.component, ())]
+    idle = _find_idle(file, [match.of_file for match in lacking])
+    lacking = [match for match in lacking if match.of_file.stem not in idle]
     if not lacking:
-        return
+        return [match for match in matches if match.layer in sets.get(match.component, ())]
     if not any(sets.values()):
         message = f"{file.path.name} cannot be loaded: the engines have no LoRA slots"
     else:
@@ -78,9 +84,19 @@ def require_slots(file: AdapterFile, matches: Sequence[Match], slots: Mapping[Co
             f"{file.path.name}: {_count(lacking, 'layer has', 'layers have')} no slot in the engines, among them "
             f"{lacking[0].component}'s {lacking[0].layer}"
         )
-    raise AdapterError(
-        message, hint=f"build slots for them: sdopt convert MODEL --lora-slots all:{max(64, file.ranks[1])}"
-    )
+    rank = max(64, file.ranks[1])
+    raise AdapterError(message, hint=f"build slots for them: sdopt convert MODEL --lora-slots all:{rank}")
+
+
+def _find_idle(file: AdapterFile, layers: Sequence[FileLayer]) -> set[str]:
+    """The stems of those that change nothing, because `up` is all zeros.
+
+    ComfyUI's LoRA extraction writes a pair for every matrix, trained or not: those of embeddings, and of a text
+    projection that Stable Diffusion's CLIP-L does not have.
+    """
+    pairs = [each for each in layers if each.kind is LayerKind.LOW_RANK and "diff_b" not in each.parts]
+    with TensorReader(file.path) as reader:
+        return {each.stem for each in pairs if not reader.read(each.parts["up"]).any()}
 
 
 def bake_hint(file: AdapterFile) -> str:
@@ -115,21 +131,22 @@ def _matrix(layer: FileLayer) -> tuple[int, int]:
     return matrix_shape(layer.kind, {part: ref.shape for part, ref in layer.parts.items()})
 
 
-def _refuse(
-    file: AdapterFile,
-    layers: Layers,
-    unknown: list[FileLayer],
-    unlike: list[tuple[FileLayer, tuple[int, ...]]],
-    known: int,
-) -> None:
+def _require_family(file: AdapterFile, layers: Layers) -> None:
     whose, what = _compare_families(file, layers)
-    hint = "take the adapter for the model's family, or an engine of the adapter's"
     if whose:
-        raise AdapterError(f"{file.path.name} is made for {whose}: {what}", hint=hint)
+        raise AdapterError(f"{file.path.name} is made for {whose}: {what}", hint=_inspect_hint(file))
+
+
+def _inspect_hint(file: AdapterFile) -> str:
+    return f"see what it is made for: sdopt inspect {shlex.quote(str(file.path))}"
+
+
+def _refuse(file: AdapterFile, unknown: list[FileLayer], unlike: list[Unlike], known: int) -> None:
+    hint = _inspect_hint(file)
     if not known:
         raise AdapterError(
             f"{file.path.name} changes {len(file.layers)} layers, and the model has none of them, among them "
-            f"{unknown[0].stem}",
+            f"{file.layers[0].stem}",
             hint=hint,
         )
     if unknown:

@@ -9,7 +9,7 @@ from sdopt.adapters.adapter_file import AdapterFile
 from sdopt.adapters.changes import Base, find_change
 from sdopt.adapters.keys import LayerKind
 from sdopt.adapters.low_rank import reduce_rank
-from sdopt.adapters.match_layers import Layers, Match, bake_hint, match_layers, require_slots
+from sdopt.adapters.match_layers import Layers, Match, bake_hint, keep_slots, match_layers
 from sdopt.adapters.tensor_bytes import TensorReader, require_finite
 from sdopt.errors import AdapterError
 from sdopt.model.component import ComponentName
@@ -40,7 +40,7 @@ def resolve_adapter(
     """
     matches = match_layers(file, layers)
     if slots is not None:
-        require_slots(file, matches, slots)
+        matches = keep_slots(file, matches, slots)
     _require_matrices(file, matches)
     _require_rank(file, matches, rank_limit)
     if file.size_bytes > _SIZE_LIMIT_BYTES:
