@@ -14,7 +14,7 @@ from sdopt.adapters.header import DOWNLOAD_AGAIN, find_file, open_header, refuse
 from sdopt.adapters.keys import LayerKind, find_gap, find_kinds, split_key
 from sdopt.adapters.metadata import FewStep, PeftSettings, name_writer, read_metadata, read_peft_settings
 from sdopt.adapters.stems import split_stem
-from sdopt.errors import AdapterError
+from sdopt.errors import AdapterError, SdoptError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.weights.safetensors_header import TensorRef, quantised_error
@@ -129,6 +129,14 @@ def read_adapter_file(path: Path) -> AdapterFile:
         embeddings=tuple(embeddings), peft=read_peft_settings(header.metadata, _read_sidecar(path), str(path)),
         metadata=header.metadata,
     )  # fmt: skip
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file or folder has a part of an adapter in it, sound or not. False for what cannot be read."""
+    try:
+        return any(split_key(key) for key in open_header(find_file(path)).tensors)
+    except SdoptError:
+        return False
 
 
 def _read_layer(path: Path, stem: str, parts: Mapping[str, TensorRef]) -> FileLayer:

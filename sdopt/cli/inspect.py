@@ -10,11 +10,12 @@ import rich_click as click
 @click.command()
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print all that is known as JSON on stdout.")
-def inspect(source: str, as_json: bool) -> None:
-    """Say what SOURCE is: a bundle, an ONNX graph, a TensorRT plan or a checkpoint, and what is in it."""
+@click.option("--for", "bundle", metavar="BUNDLE", help="Say whether this bundle takes SOURCE, which is a LoRA.")
+def inspect(source: str, as_json: bool, bundle: str | None) -> None:
+    """Say what SOURCE is: a bundle, an ONNX graph, a TensorRT plan, a LoRA or a checkpoint, and what is in it."""
     from sdopt.library.identify import inspect_source
 
-    table = inspect_source(source)
+    table = inspect_source(source, bundle=bundle)
     if as_json:
         print(json.dumps(table))
         return

@@ -26,12 +26,20 @@ _PREDICTIONS = {
     "v_prediction": "the velocity (v-prediction)",
     None: "not said: sdopt convert finds out, or give --prediction",
 }
+_FEW_STEPS = {
+    "lcm": "LCM: 2 to 8, with the LCM sampler", "tcd": "TCD: 2 to 8, with the TCD sampler", "turbo": "Turbo: 1 to 4",
+    "dmd2": "DMD2: 1 to 4", "lightning": "Lightning: as many as its name says",
+    "hyper": "Hyper-SD: as many as its name says",
+}  # fmt: skip
 _SOURCES = {"diffusers": "a diffusers folder", "single-file": "a single file", "huggingface": "Hugging Face"}
 
 
 def print_page(console: Console, source: str, table: Mapping[str, Any]) -> None:
     """`table` is what `inspect_source` gives for `source`."""
-    show = {"checkpoint": _show_checkpoint, "bundle": _show_bundle, "onnx": _show_graph, "plan": _show_plan}
+    show = {
+        "checkpoint": _show_checkpoint, "bundle": _show_bundle, "onnx": _show_graph, "plan": _show_plan,
+        "adapter": _show_adapter,
+    }  # fmt: skip
     show[table["kind"]](console, source, table)
 
 
@@ -156,6 +164,40 @@ def _show_plan(console: Console, source: str, table: Mapping[str, Any]) -> None:
     _print_title(console, source, "a TensorRT plan")
     facts = [(key, value if isinstance(value, str) else str(value)) for key, value in table.items() if key != "kind"]
     _print_facts(console, [("size", _bytes(table["bytes"])), *(fact for fact in facts if fact[0] != "bytes")])
+
+
+def _show_adapter(console: Console, source: str, table: Mapping[str, Any]) -> None:
+    family = Family(table["family"]).label if table["family"] else ""
+    kind = f"{table['adapter_kind']} for {family}" if family else table["adapter_kind"]
+    _print_title(console, source, f"{'an adapter that is ' * (kind == 'mixed')}a {kind}")
+    least, most = table["rank_least"], table["rank_most"]
+    named = [name for name in (table["title"], table["alias"]) if name]
+    facts = [
+        ("made for", family or table["base_model"] or "not stated, and its shapes do not say"),
+        ("named", ", ".join(dict.fromkeys(named)) or "not stated"),
+        ("trigger words", ", ".join(table["trigger_words"]) or "not stated"),
+        ("frequent tags", ", ".join(f"{tag} ({many})" for tag, many in table["tags"].items())),
+        ("few steps", _FEW_STEPS.get(table["few_step"], "")),
+        ("embeddings", ", ".join(table["embeddings"])),
+        ("written by", table["writer"]),
+        ("rank", "" if not most else str(most) if least == most else f"{least} to {most}"),
+        ("alpha", "" if table["network_alpha"] is None else f"{table['network_alpha']:g}"),
+        ("size", _bytes(table["bytes"])),
+        ("sha256", table["sha256"]),
+    ]
+    _print_facts(console, [(name, value) for name, value in facts if value])
+    rows = _table("network", "layers", numbers=("layers",))
+    for name, many in table["layers"].items():
+        rows.add_row(name, str(many))
+    console.print(rows)
+    if (fit := table.get("fit")) is None:
+        return
+    if fit["taken"]:
+        error = "" if fit["fit_error"] is None else f", with an error of {fit['fit_error']:.1%} at most in a layer"
+        answer = [("takes it?", f"yes{error}")]
+    else:
+        answer = [("takes it?", f"no: {fit['reason']}"), ("what to do", fit["hint"])]
+    _print_facts(console, answer, title=f"For {neutralise(fit['bundle'])}")
 
 
 def _describe_plan(plan: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ _COMMANDS = {
     "perf": "Measure each night, and say when something became worse.",
     "export": "Write a bundle for Triton, ComfyUI or optimum.",
     "check": "Is a bundle whole, and can this machine run it?",
-    "inspect": "Say what a file or folder is: bundle, ONNX graph, checkpoint.",
+    "inspect": "Say what a file or folder is: bundle, ONNX graph, checkpoint, LoRA.",
     "doctor": "Say which runtimes work here, and how to get the others.",
 }
 

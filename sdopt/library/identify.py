@@ -1,28 +1,40 @@
-"""`sdopt inspect`: what is this? A bundle, an ONNX graph, a plan or a checkpoint, as one JSON-able table."""
+"""`sdopt inspect`: what is this? A bundle, an ONNX graph, a plan, an adapter or a checkpoint, as a JSON-able table."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sdopt.adapters.adapter_file import is_adapter, read_adapter_file
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
+from sdopt.errors import UsageError
 from sdopt.graph.external_data import check_graph_file
+from sdopt.library.adapter_fit import describe_fit
 from sdopt.model.component import ComponentName, native_size_px
 from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.weights.safetensors_header import TensorRef
 
 
-def inspect_source(source: str) -> dict[str, Any]:
-    """`kind` is bundle, onnx, plan or checkpoint; the rest depends on it: a bundle's manifest, whose own kind is under
-    `bundle_kind`. Raises `CheckpointError` for other things.
+def inspect_source(source: str, *, bundle: str | None = None) -> dict[str, Any]:
+    """`kind` is bundle, onnx, plan, adapter or checkpoint; the rest depends on it: a bundle's manifest, whose own kind
+    is under `bundle_kind`. With a `bundle`, an adapter's table says under `fit` whether that takes it. Raises
+    `CheckpointError` for other things, and `UsageError` where a bundle is given for something that is not an adapter.
     """
     path = Path(source).expanduser()
+    if is_adapter(path):
+        return _inspect_adapter(path, bundle)
+    if bundle is not None:
+        raise UsageError(
+            f"{source} is not an adapter, and --for asks whether a bundle takes one",
+            hint=f"sdopt inspect {shlex.quote(source)}",
+        )
     if (path / MANIFEST_NAME).is_file():
         table = read_manifest(open_links(path)).model_dump(mode="json")
         return {**table, "kind": "bundle", "bundle_kind": table["kind"]}
@@ -31,6 +43,19 @@ def inspect_source(source: str) -> dict[str, Any]:
     if path.suffix in (".plan", ".engine", ".trt") and path.is_file():
         return _inspect_plan(path)
     return _inspect_checkpoint(source)
+
+
+def _inspect_adapter(path: Path, bundle: str | None) -> dict[str, Any]:
+    file = read_adapter_file(path)
+    said = {"writer": file.writer, "title": file.title, "alias": file.alias, "base_model": file.base_model}
+    table = {
+        "kind": "adapter", "adapter_kind": file.kind, "family": file.family, **said, "few_step": file.few_step,
+        "rank_least": file.ranks[0], "rank_most": file.ranks[1], "network_alpha": file.network_alpha,
+        "layers": {str(name): many for name, many in file.layer_counts.items()},
+        "trigger_words": list(file.trigger_words), "tags": dict(file.tags), "embeddings": list(file.embeddings),
+        "bytes": file.size_bytes, "sha256": hash_file(file.path),
+    }  # fmt: skip
+    return table if bundle is None else table | {"fit": describe_fit(file, Path(bundle).expanduser())}
 
 
 def _inspect_plan(path: Path) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def test_a_file_for_sdxl_on_sd1(sd1: Networks, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "ink.safetensors", pairs, lambda part, name: kohya_name(part, name, xl=True))
     error = refuse(path, sd1.layers)
     assert error.message == (
-        "ink.safetensors is made for SDXL: the model is of another family, whose text is 64 numbers wide a token and not "
-        "128"
+        "ink.safetensors is made for SDXL: the model is of another family, whose text is 64 numbers wide a token and "
+        "not 128"
     )
     assert shlex.split(error.hint)[-3:] == ["sdopt", "inspect", str(path)]
     text = {part: layers for part, layers in pairs.items() if part != UNET}
@@ -329,7 +329,8 @@ def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     file = read_adapter_file(write_state(tmp_path / "plain.safetensors", pair(), said))
     assert (file.family, file.trigger_words, file.few_step) == (Family.SD1, ("ohwx cat", "blue"), None)
     for name, kind in {
-        "pytorch_lora_weights-LCM": "lcm", "Hyper-SD15-8steps-lora": "hyper", "TCD-SDXL-LoRA": "tcd", "dmd2_sdxl": "dmd2",
+        "pytorch_lora_weights-LCM": "lcm", "Hyper-SD15-8steps-lora": "hyper", "TCD-SDXL-LoRA": "tcd",
+        "dmd2_sdxl": "dmd2",
         "hyperrealism": None, "turbocharged": None, "sd_xl_turbo_lora_v1": "turbo",
     }.items():  # fmt: skip
         assert read_adapter_file(write_state(tmp_path / f"{name}.safetensors", pair())).few_step == kind
