@@ -7,6 +7,7 @@ LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) and, for DoRA, of PEFT, whic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,29 @@ Arrays = Mapping[str, Array]
 _EPSILON = float(np.finfo(np.float32).eps)
 
 
-# A pair where the file's factors are smaller than the weight, and else the weight's whole difference.
-Difference = LowRank | Array
+@dataclass(frozen=True)
+class Kronecker:
+    """`scale` x kron(`first`, `second`): each block of the weight is the second by a number of the first."""
+
+    first: LowRank | Array
+    second: LowRank | Array
+    scale: float
+
+
+# A pair or a Kronecker product where the file's factors are smaller than the weight, else the weight's difference.
+Difference = LowRank | Kronecker | Array
 
 
 def multiply(difference: Difference) -> Array:
-    return difference.up @ difference.down if isinstance(difference, LowRank) else difference
+    match difference:
+        case LowRank():
+            return difference.up @ difference.down
+        case Kronecker():
+            product: Array = np.kron(multiply(difference.first), multiply(difference.second))
+            product *= np.float32(difference.scale)
+            return product
+        case _:
+            return difference
 
 
 def find_difference(kind: LayerKind, arrays: Arrays, scale: float) -> Difference:
@@ -65,13 +83,15 @@ def _hadamard(arrays: Arrays, scale: float) -> Difference:
     return LowRank((b1[:, None, :] * b2[None, :, :]).reshape(-1, columns), up)
 
 
-def _kronecker(arrays: Arrays, scale: float) -> LowRank:
-    """kron(w1, w2): the products of both factors' own decompositions are its own, whatever its size."""
-    w1 = _whole(arrays, "lokr_w1", "")
-    w2 = _whole(arrays, "lokr_w2", "lokr_t2")
-    u1, v1 = _split(w1)
-    u2, v2 = _split(w2)
-    return LowRank(np.kron(v1, v2), np.kron(u1, u2) * np.float32(scale))
+def _kronecker(arrays: Arrays, scale: float) -> Kronecker:
+    return Kronecker(_factor(arrays, "lokr_w1", ""), _factor(arrays, "lokr_w2", "lokr_t2"), scale)
+
+
+def _factor(arrays: Arrays, name: str, core: str) -> LowRank | Array:
+    if name in arrays:
+        return arrays[name].reshape(arrays[name].shape[0], -1)
+    up, down = _pair(arrays, f"{name}_a", f"{name}_b", core)
+    return LowRank(down, up)
 
 
 def _pair(arrays: Arrays, a: str, b: str, core: str) -> tuple[Array, Array]:
@@ -80,21 +100,6 @@ def _pair(arrays: Arrays, a: str, b: str, core: str) -> tuple[Array, Array]:
         mixed = np.einsum("ijhw,jn->inhw", arrays[core], right, optimize=True)
         return left.T, mixed.reshape(mixed.shape[0], -1)
     return left, right.reshape(right.shape[0], -1)
-
-
-def _whole(arrays: Arrays, name: str, core: str) -> Array:
-    if name in arrays:
-        return arrays[name].reshape(arrays[name].shape[0], -1)
-    left, right = _pair(arrays, f"{name}_a", f"{name}_b", core)
-    return left @ right
-
-
-def _split(weight: Array) -> tuple[Array, Array]:
-    """[out, rank] and [rank, columns], without the directions that are nothing but rounding."""
-    u, s, v = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    rank = max(1, int((s > s[0] * 1e-7).sum()))
-    root = np.sqrt(s[:rank])
-    return (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32)
 
 
 def decompose(weight: Array, difference: Array, magnitude: Array, *, by_output: bool) -> Array:

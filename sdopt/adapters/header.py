@@ -12,7 +12,9 @@ from sdopt.weights.safetensors_header import SafetensorsFile, read_header
 from sdopt.weights.tensor_kinds import name_kind
 
 # SDXL with every layer as LoKr and DoRA has some 9,000 tensors, and the tag tables of a large training a few MB.
-_TENSOR_LIMIT = 40_000
+_TENSOR_LIMIT = 20_000
+# Each tensor has two; unlike a word, a bracket cannot be written in another way.
+_BRACKET_LIMIT = 100_000
 _HEADER_LIMIT_BYTES = 32_000_000
 _NAME_LIMIT_CHARACTERS = 400
 # In a folder that diffusers or PEFT wrote.
@@ -46,9 +48,10 @@ def open_header(path: Path) -> SafetensorsFile:
         raise AdapterError(f"cannot read {path}: {error.strerror}", hint="give a .safetensors file") from error
     if not is_whole and prefix.startswith(_PICKLE_STARTS):
         _refuse_pickle(path)
-    if is_whole and (size_bytes > _HEADER_LIMIT_BYTES or raw.count(b'"data_offsets"') > _TENSOR_LIMIT):
+    many = raw.count(b'"data_offsets"') > _TENSOR_LIMIT or raw.count(b"[") > _BRACKET_LIMIT
+    if is_whole and (size_bytes > _HEADER_LIMIT_BYTES or many):
         raise AdapterError(
-            f"{path} is not an adapter: it has over {_TENSOR_LIMIT} tensors, or {size_bytes / 1e6:.0f} MB of names",
+            f"{path} is not an adapter: its header is larger than one needs, {size_bytes / 1e6:.0f} MB",
             hint=f"see what it is: {_inspect(path)}",
         )
     header = read_header(path)

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sdopt.adapters.adapter_file import read_adapter_file
+from sdopt.adapters.merge import weight_changes
 from sdopt.adapters.resolve import resolve_adapter
 from sdopt.errors import AdapterError, SdoptError
 from sdopt.model.component import ComponentName
@@ -272,10 +275,46 @@ def test_a_million_names_are_refused_before_they_are_parsed(tmp_path: Path, monk
         raise AssertionError("the header was parsed")
 
     monkeypatch.setattr("sdopt.adapters.header.read_header", never)
-    for many in (50_000, 1_000_000):
-        entries = ",".join(f'"{i}":{{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}' for i in range(many))
+    for many, word in ((25_000, "data_offsets"), (60_000, "data\\u005foffsets"), (1_000_000, "data_offsets")):
+        entries = ",".join(f'"{i}":{{"dtype":"F16","shape":[0],"{word}":[0,0]}}' for i in range(many))
         error = refuse(write_header(tmp_path / "a.safetensors", f"{{{entries}}}"))
-        assert "is not an adapter: it has over 40000 tensors" in error.message
+        assert "is not an adapter: its header is larger than one needs" in error.message
+
+
+# Sound layers of each kind, for a weight [32, 32]; the fuzz changes shapes, numbers and types, and leaves parts out.
+KINDS: tuple[dict[str, tuple[int, ...]], ...] = (
+    {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "alpha": (), "dora_scale": (32, 1)},
+    {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "lora_mid.weight": (4, 4, 1, 1), "diff_b": (32,)},
+    {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32), "alpha": ()},
+    {"hada_w1_a": (2, 32), "hada_w1_b": (2, 32), "hada_w2_a": (2, 32), "hada_w2_b": (2, 32),
+     "hada_t1": (2, 2, 1, 1), "hada_t2": (2, 2, 1, 1)},
+    {"lokr_w1": (4, 4), "lokr_w2": (8, 8), "alpha": ()},
+    {"lokr_w1_a": (4, 1), "lokr_w1_b": (1, 4), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 8), "lokr_t2": (2, 2, 1, 1)},
+    {"diff": (32, 32), "diff_b": (32,)},
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_whatever_is_in_a_file_ends_in_pairs_or_in_an_error_of_ours(tmp_path_factory: Any, data: st.DataObject) -> None:
+    odd = st.lists(st.sampled_from([0, 1, 2, 32]), max_size=5).map(tuple)
+    rarely = st.integers(0, 15).map(lambda number: number == 0)
+    state = {}
+    for stem in data.draw(st.sets(st.sampled_from((STEM, "lora_unet_down_blocks_0_resnets_0_conv1", "x")), max_size=2)):
+        for end, shape in data.draw(st.sampled_from(KINDS)).items():
+            number = data.draw(st.sampled_from([0.0, float("nan"), 65504.0])) if data.draw(rarely) else 0.5
+            dtype = data.draw(st.sampled_from([torch.float16, torch.float32, torch.bfloat16]))
+            if not data.draw(rarely):
+                state[f"{stem}.{end}"] = torch.full(data.draw(odd) if data.draw(rarely) else shape, number, dtype=dtype)
+    path = write_state(tmp_path_factory.mktemp("fuzz") / "a.safetensors", state)
+    hint = "none"
+    try:
+        file = read_adapter_file(path)
+        resolve_adapter(file, LAYERS, slots=None, rank_limit=8, error_limit=1.0)
+        list(weight_changes(file, LAYERS, {}))
+    except SdoptError as error:
+        hint = error.hint
+    assert hint
 
 
 def test_names_and_ranks_without_measure(tmp_path: Path) -> None:
@@ -290,13 +329,13 @@ def test_names_and_ranks_without_measure(tmp_path: Path) -> None:
 
 
 def test_metadata_of_strangers_is_not_trusted(tmp_path: Path) -> None:
-    nested = "[" * 100_000
+    nested = "[" * 50_000
     for table in ({"ss_tag_frequency": nested}, {"ss_tag_frequency": "{"}, {"ss_tag_frequency": '{"a": 3}'}):
         file = read_adapter_file(write_state(tmp_path / "a.safetensors", pair(), table))
         assert file.trigger_words == ()
-    for settings in ('{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'):
+    for malformed in ('{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}'):
         with pytest.raises(AdapterError, match=r"PEFT's settings unet.lora_alpha are malformed"):
-            read_adapter_file(write_state(tmp_path / "a.safetensors", pair(), {"lora_adapter_metadata": settings}))
+            read_adapter_file(write_state(tmp_path / "a.safetensors", pair(), {"lora_adapter_metadata": malformed}))
 
 
 def test_a_file_that_grows_shorter_between_header_and_numbers(tmp_path: Path) -> None:

@@ -218,8 +218,14 @@ def test_dora_of_peft(sd1: Networks, tmp_path: Path) -> None:
         resolve_adapter(read_adapter_file(path), sd1.layers, slots=None, rank_limit=None)
 
 
-def test_a_change_of_high_rank_is_fitted_with_its_error_or_refused(sd1: Networks, tmp_path: Path) -> None:
-    path, wanted = write_modules(tmp_path / "a.safetensors", sd1, "loha", lora_dim=4, alpha=4.0)
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [("loha", {}), ("lokr", {"full_matrix": True}), ("lokr", {"factor": 4}), ("locon", {"weight_decompose": True})],
+)
+def test_a_change_of_high_rank_is_fitted_with_its_error_or_refused(
+    sd1: Networks, tmp_path: Path, algorithm: str, options: dict[str, Any]
+) -> None:
+    path, wanted = write_modules(tmp_path / "a.safetensors", sd1, algorithm, lora_dim=4, alpha=3.0, **options)
     adapter = resolve(path, sd1, tmp_path, rank=8, error_limit=1.0)
     for layer, delta in wanted[UNET].items():
         pair, error = adapter.layers[UNET][layer], adapter.fit_errors[UNET][layer]
