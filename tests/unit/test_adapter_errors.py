@@ -152,6 +152,15 @@ def test_published_families_are_named(tmp_path: Path) -> None:
                 assert error.message.startswith(f"a.safetensors is made for {label}: the model is {model}, whose text")
 
 
+def test_the_refiner_has_the_second_text_encoder_alone(tmp_path: Path) -> None:
+    """Which trainers then call the only one."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    path = write_state(tmp_path / "a.safetensors", pair(out=1280, columns=1280, stem=kohya_name(TEXT, layer)))
+    layers: Layers = {UNET: {LAYER: (384, 384)}, TEXT_2: {f"text_model.{layer}": (1280, 1280)}}
+    adapter = resolve_adapter(read_adapter_file(path), layers, slots=None, rank_limit=None)
+    assert {part: list(found) for part, found in adapter.layers.items()} == {TEXT_2: [f"text_model.{layer}"]}
+
+
 def test_layers_that_the_model_does_not_have(sd1: Networks, tmp_path: Path) -> None:
     pairs = make_pairs(sd1, is_attention)
     path = write_pairs(
