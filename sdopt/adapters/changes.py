@@ -35,7 +35,7 @@ def find_change(file: AdapterFile, match: Match, arrays: Mapping[str, Array], ba
             hint="load it with the engines that it is for",
         )
     part = "magnitude" if "magnitude" in layer.parts else "dora_scale"
-    by_output = is_by_output(part, layer.parts[part].shape, match.shape[0])
+    by_output = is_by_output(part, layer.parts[part].shape, match.shape)
     weight = read_tensor(ref).reshape(match.shape)
     changed = decompose(weight, multiply(difference).reshape(match.shape), arrays[part], by_output=by_output)
     return changed.reshape(changed.shape[0], -1)

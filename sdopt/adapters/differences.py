@@ -6,6 +6,7 @@ LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) and, for DoRA, of PEFT, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -117,6 +118,11 @@ def decompose(weight: Array, difference: Array, magnitude: Array, *, by_output: 
     return changed
 
 
-def is_by_output(part: str, shape: tuple[int, ...], out: int) -> bool:
-    """Which axis a DoRA's magnitudes belong to. PEFT's are the outputs'; LyCORIS' shape [out, 1] or [1, in] says it."""
-    return part == "magnitude" or (len(shape) > 0 and shape[0] == out and all(side == 1 for side in shape[1:]))
+def is_by_output(part: str, magnitude: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a DoRA's magnitudes belong to the outputs, by their shape and the weight's. PEFT's always do; LyCORIS'
+    belong to the axis that they are as long as, and where both are, to the one that [out, 1] or [1, in] says.
+    """
+    count = math.prod(magnitude)
+    if part == "magnitude" or count != weight[1]:
+        return True
+    return count == weight[0] and magnitude[:1] == (count,)

@@ -10,6 +10,7 @@ import torch
 
 from sdopt.adapters.adapter import Adapter
 from sdopt.adapters.adapter_file import AdapterKind, read_adapter_file
+from sdopt.adapters.metadata import PeftSettings
 from sdopt.adapters.resolve import resolve_adapter
 from sdopt.errors import AdapterError
 from sdopt.model.component import ComponentName
@@ -165,6 +166,26 @@ def peft_metadata(**settings: object) -> dict[str, str]:
     table = {f"{prefix}.{key}": value for prefix in ("unet", "text_encoder") for key, value in own.items()}
     table["text_encoder.alpha_pattern"] = {}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(table)}
+
+
+def test_planted_faults_in_the_scale_of_peft_are_seen(
+    sd1: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = only(make_pairs(sd1, lambda layer: layer.endswith("to_q")), UNET)
+    for settings, fault in (
+        ({"lora_alpha": 8, "use_rslora": True}, PeftSettings(8.0)),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 3}}, PeftSettings(8.0)),
+        ({"lora_alpha": 8}, PeftSettings(4.0)),
+    ):
+        path = write_pairs(
+            tmp_path / "a.safetensors", pairs, dotted_name, down="lora_A.weight", up="lora_B.weight", alpha=False,
+            metadata=peft_metadata(**settings),
+        )  # fmt: skip
+        right = deltas_of(resolve(path, sd1))
+        with monkeypatch.context() as patch:
+            patch.setattr("sdopt.adapters.adapter_file.read_peft_settings", lambda *rest, fault=fault: {"unet": fault})
+            with pytest.raises(AssertionError):
+                require_same(deltas_of(resolve(path, sd1)), right)
 
 
 @pytest.mark.parametrize(

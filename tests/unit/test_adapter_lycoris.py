@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdopt.adapters.adapter import Adapter, LowRank
 from sdopt.adapters.adapter_file import AdapterKind, read_adapter_file
+from sdopt.adapters.differences import _low_rank as low_rank
 from sdopt.adapters.low_rank import reduce_rank
 from sdopt.adapters.merge import weight_changes
 from sdopt.adapters.resolve import resolve_adapter
@@ -141,28 +142,48 @@ def test_lycoris(sd1: Networks, tmp_path: Path, algorithm: str, options: dict[st
         assert (not adapter.fit_errors) == exact
 
 
-def test_a_fault_in_each_formula_is_seen(sd1: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faults = {
-        "loha": ("sdopt.adapters.differences._hadamard", lambda arrays, scale: _broken_hadamard(arrays)),
-        "lokr": ("sdopt.adapters.differences.np.kron", lambda a, b: np.einsum("ij,kl->kilj", a, b).reshape(
-            a.shape[0] * b.shape[0], -1)),
-        "locon": ("sdopt.adapters.changes.find_scale", lambda *rest: 1.0),
-    }  # fmt: skip
-    for algorithm, (place, fault) in faults.items():
-        path, wanted = write_modules(tmp_path / "a.safetensors", sd1, algorithm, lora_dim=4, alpha=3.0)
-        with monkeypatch.context() as patch:
-            patch.setattr(place, fault)
-            with pytest.raises(AssertionError):
-                require_same(changes_of(path, sd1, tmp_path), wanted)
-    path, wanted = write_modules(tmp_path / "a.safetensors", sd1, "locon", lora_dim=4, alpha=3.0, weight_decompose=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("sdopt.adapters.changes.is_by_output", lambda *rest: False)
-        with pytest.raises((AssertionError, ValueError)):
-            require_same(changes_of(path, sd1, tmp_path), wanted)
-
-
-def _broken_hadamard(arrays: Any) -> Any:
+def hadamard_without_scale(arrays: Any, scale: float) -> Any:
     return arrays["hada_w1_a"] @ arrays["hada_w1_b"] * (arrays["hada_w2_a"] @ arrays["hada_w2_b"])
+
+
+def blocks_the_wrong_way_round(first: Any, second: Any) -> Any:
+    return np.einsum("ij,kl->kilj", first, second).reshape(len(first) * len(second), -1)
+
+
+def middle_the_wrong_way_round(arrays: Any, scale: float) -> Any:
+    if "mid" in arrays:
+        arrays = arrays | {"mid": arrays["mid"].transpose(1, 0, 2, 3)}
+    return low_rank(arrays, scale)
+
+
+DORA = {"weight_decompose": True}
+FAULTS: list[tuple[str, dict[str, Any], str, Any]] = [
+    ("locon", {}, "changes.find_scale", lambda *rest: 1.0),
+    ("locon", {"use_tucker": True}, "differences._low_rank", middle_the_wrong_way_round),
+    ("loha", {}, "differences._hadamard", hadamard_without_scale),
+    ("lokr", {}, "differences.np.kron", blocks_the_wrong_way_round),
+    ("full", {}, "changes.find_scale", lambda *rest: 1.001),
+    ("locon", DORA, "changes.is_by_output", lambda *rest: False),
+    ("locon", DORA | {"wd_on_out": False}, "changes.is_by_output", lambda *rest: True),
+    ("locon", DORA, "changes.decompose", lambda weight, difference, magnitude, by_output: difference),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "options", "place", "fault"), FAULTS)
+def test_a_planted_fault_is_seen(
+    sd1: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, options: dict[str, Any], place: str,
+    fault: Any,
+) -> None:  # fmt: skip
+    path, wanted = write_modules(tmp_path / "a.safetensors", sd1, algorithm, lora_dim=4, alpha=3.0, **options)
+    monkeypatch.setattr(f"sdopt.adapters.{place}", fault)
+
+    def compare() -> None:
+        found = changes_of(path, sd1, tmp_path)[UNET]
+        require_same({UNET: {layer: delta for layer, delta in found.items() if layer in wanted[UNET]}}, wanted)
+
+    # Where shapes do not fit any more, numpy says so first.
+    with pytest.raises((AssertionError, ValueError)):
+        compare()
 
 
 def test_norms_and_biases_are_baked_and_have_no_slot(sd1: Networks, tmp_path: Path) -> None:
