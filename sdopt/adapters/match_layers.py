@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdopt.adapters.adapter_file import TEXT_WIDTHS, AdapterFile, FileLayer, reads_text
@@ -82,7 +83,7 @@ def keep_slots(file: AdapterFile, matches: list[Match], slots: Mapping[Component
     else:
         message = (
             f"{file.path.name}: {_count(lacking, 'layer has', 'layers have')} no slot in the engines, among them "
-            f"{lacking[0].component}'s {lacking[0].layer}"
+            f"{_list(f'{match.component}.{match.layer}' for match in lacking)}"
         )
     rank = max(64, file.ranks[1])
     raise AdapterError(message, hint=f"build slots for them: sdopt convert MODEL --lora-slots all:{rank}")
@@ -146,13 +147,13 @@ def _refuse(file: AdapterFile, unknown: list[FileLayer], unlike: list[Unlike], k
     if not known:
         raise AdapterError(
             f"{file.path.name} changes {len(file.layers)} layers, and the model has none of them, among them "
-            f"{file.layers[0].stem}",
+            f"{_list(each.stem for each in file.layers)}",
             hint=hint,
         )
     if unknown:
         raise AdapterError(
             f"{file.path.name} changes {len(file.layers)} layers, and the model does not have {len(unknown)} of them, "
-            f"among them {unknown[0].stem}",
+            f"among them {_list(each.stem for each in unknown)}",
             hint=hint,
         )
     first, shape = unlike[0]
@@ -191,6 +192,11 @@ def family_of(layers: Layers) -> Family | None:
     if found is None and "add_embedding.linear_1" in names:
         return Family.SDXL if _TEXT in layers else Family.SDXL_REFINER
     return found
+
+
+def _list(names: Iterable[str]) -> str:
+    """The first three."""
+    return ", ".join(itertools.islice(names, 3))
 
 
 def _count(things: Sequence[object], one: str, many: str) -> str:

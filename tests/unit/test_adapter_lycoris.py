@@ -200,7 +200,7 @@ def test_norms_and_biases_are_baked_and_have_no_slot(sd1: Networks, tmp_path: Pa
     found = changes_of(path, sd1, tmp_path)[UNET]
     assert torch.equal(found[layer], module.w_norm.detach())
     assert torch.equal(found[f"{layer}.bias"], module.b_norm.detach())
-    with pytest.raises(AdapterError, match="changes 1 biases or norms") as caught:
+    with pytest.raises(AdapterError, match="changes 1 bias or norm, which no slot can hold") as caught:
         resolve(path, sd1, tmp_path)
     assert caught.value.hint == f"merge it into the weights: sdopt convert MODEL --lora {path}"
 
