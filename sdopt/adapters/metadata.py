@@ -131,7 +131,8 @@ def name_writer(metadata: Mapping[str, str], keys: Iterable[str]) -> str:
         ("ComfyUI", r"(model\.)?diffusion_model\.|text_encoders\."),
         ("OneTrainer", r"bundle_emb\.|lora_(unet|te1?|te2)\."),
         ("kohya's form", r"lora_(unet|te)"),
-        ("diffusers of 2023", r".*(\.processor\.|_lora\.|lora_linear_layer)"), ("diffusers", r"(unet|text_encoder|text_encoder_2)\."),
+        ("diffusers of 2023", r".*(\.processor\.|_lora\.|lora_linear_layer)"),
+        ("diffusers", r"(unet|text_encoder|text_encoder_2)\."),
     )  # fmt: skip
     listed = "\n".join(keys)
     return next((who for who, start in forms if re.search(f"^(?:{start})", listed, re.MULTILINE)), "PEFT's form")

@@ -86,10 +86,9 @@ def _is_exact(match: Match) -> bool:
 def _require_matrices(file: AdapterFile, matches: Sequence[Match]) -> None:
     other = [match for match in matches if "diff_b" in match.of_file.parts or len(match.shape) < 2]
     if other:
+        many = f"{len(other)} {'bias or norm' if len(other) == 1 else 'biases or norms'}"
         raise AdapterError(
-            f"{file.path.name} changes {len(other)} {'bias or norm' if len(other) == 1 else 'biases or norms'}, which no "
-            f"slot can hold, among them "
-            f"{other[0].component}'s {other[0].layer}",
+            f"{file.path.name} changes {many}, which no slot can hold, among them {other[0].component}'s {other[0].layer}",
             hint=bake_hint(file),
         )
 
