@@ -46,7 +46,7 @@ _OTHERS = (
 class LayerKind(StrEnum):
     """How a file says the difference of one layer."""
 
-    LOW_RANK = "low rank"
+    LOW_RANK = "LoRA"
     HADAMARD = "LoHa"
     KRONECKER = "LoKr"
     FULL = "full difference"

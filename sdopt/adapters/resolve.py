@@ -86,9 +86,9 @@ def _is_exact(match: Match) -> bool:
 def _require_matrices(file: AdapterFile, matches: Sequence[Match]) -> None:
     other = [match for match in matches if "diff_b" in match.of_file.parts or len(match.shape) < 2]
     if other:
-        many = f"{len(other)} {'bias or norm' if len(other) == 1 else 'biases or norms'}"
+        many, first = f"{len(other)} {'bias or norm' if len(other) == 1 else 'biases or norms'}", other[0]
         raise AdapterError(
-            f"{file.path.name} changes {many}, which no slot can hold, among them {other[0].component}'s {other[0].layer}",
+            f"{file.path.name} changes {many}, which no slot can hold, among them {first.component}'s {first.layer}",
             hint=bake_hint(file),
         )
 

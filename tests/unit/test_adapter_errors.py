@@ -67,7 +67,7 @@ def test_half_a_pair(tmp_path: Path) -> None:
     assert "lora_unet_x is not whole: it has alpha alone" in error.message
     hada = {f"{STEM}.hada_w{n}_{ab}": torch.ones(32, 32) for n in (1, 2) for ab in "ab"}
     error = refuse(write_state(tmp_path / "a.safetensors", pair() | hada))
-    assert "is both a LoHa and a low rank" in error.message
+    assert "is both a LoHa and a LoRA" in error.message
 
 
 @pytest.mark.parametrize(
