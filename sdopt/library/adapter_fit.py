@@ -10,6 +10,7 @@ from typing import Any
 from sdopt.adapters.adapter_file import AdapterFile
 from sdopt.adapters.match_layers import match_layers
 from sdopt.adapters.resolve import resolve_adapter
+from sdopt.bundle.again import variant_command
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.errors import AdapterError
@@ -30,8 +31,12 @@ class BundleSlots:
 
 
 def find_slots(manifest: BundleManifest) -> BundleSlots | None:
-    """The slots of a bundle; None where it has none, as all bundles of this schema."""
-    return None
+    """The slots of a bundle; None where it has none."""
+    slotted = {name: record.slots for name, record in manifest.components.items() if record.slots is not None}
+    if not slotted:
+        return None
+    layers = {name: {slot.layer for slot in slots.slots} for name, slots in slotted.items()}
+    return BundleSlots(layers, min(slots.rank for slots in slotted.values()))
 
 
 def describe_fit(file: AdapterFile, bundle: Path) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def describe_fit(file: AdapterFile, bundle: Path) -> dict[str, Any]:
             matched = len(match_layers(file, layers))
             raise AdapterError(
                 f"the model has all {matched} layers that it changes, and this bundle has no LoRA slots",
-                hint=f"build them: sdopt convert MODEL --lora-slots all:{max(64, file.ranks[1])}",
+                hint=f"build them: {variant_command(f'--lora-slots all:{max(64, file.ranks[1])}', bundle)}",
             )
         adapter = resolve_adapter(file, layers, slots=slots.layers, rank_limit=slots.rank, base=base)
     except AdapterError as error:

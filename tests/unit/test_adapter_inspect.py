@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from sdopt.adapters.adapter_file import read_adapter_file
 from sdopt.bundle.manifest import write_manifest
 from sdopt.cli.main import cli
 from sdopt.errors import AdapterError, UsageError
-from sdopt.library.adapter_fit import BundleSlots
+from sdopt.library.adapter_fit import BundleSlots, describe_fit
 from sdopt.model.family import Family
+from sdopt.model.slots import SlotSet
 from tests.adapters import (
     TEXT,
     UNET,
@@ -29,6 +31,7 @@ from tests.adapters import (
     write_state,
 )  # fmt: skip
 from tests.reference_session import make_bundle
+from tests.slotted_bundle import add_slots_to, write_lora
 
 TRAINING = {
     "ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "ss_output_name": "inkwash",
@@ -82,7 +85,7 @@ def test_a_bundle_without_slots_says_so(pairs: Pairs, bundle: Path, tmp_path: Pa
     many = sum(map(len, pairs.values()))
     page = " ".join(show(path, "--for", bundle).stderr.split())
     assert f"takes it? no: the model has all {many} layers that it changes, and this bundle has no LoRA slots" in page
-    assert "sdopt convert MODEL --lora-slots all:64" in page
+    assert "--lora-slots all:64" in page
 
 
 def test_a_bundle_with_slots_takes_it_or_says_why_not(
@@ -109,3 +112,15 @@ def test_damage_and_questions_that_make_no_sense(pairs: Pairs, bundle: Path, tmp
         show(write_state(path, state))
     with pytest.raises(UsageError, match="is not an adapter, and --for asks"):
         show(bundle, "--for", bundle)
+
+
+def test_the_slots_are_those_of_the_manifest(pristine_bundle: Path, tmp_path: Path) -> None:
+    file = read_adapter_file(write_lora(tmp_path / "ink.safetensors", pristine_bundle, 1))
+    wide = add_slots_to(pristine_bundle, tmp_path / "wide")
+    assert describe_fit(file, wide)["taken"] is True
+    narrow = add_slots_to(pristine_bundle, tmp_path / "narrow", SlotSet.ATTENTION)
+    answer = describe_fit(file, narrow)
+    assert answer["taken"] is False
+    assert "slot" in answer["reason"]
+    low = add_slots_to(pristine_bundle, tmp_path / "low", rank=3)
+    assert "rank" in describe_fit(file, low)["reason"]
