@@ -29,8 +29,9 @@ from sdopt.model.slots import Slot, input_names, slot_shapes
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 Open = Callable[[ComponentFiles, BackendSettings], Session]
-# Of free memory for each byte of the weight file: 16 bits that an engine widens to fp32, and room to run.
-_ROOM = 2.5
+# Of free memory for each byte of the weight file. OpenVINO in fp32 took 4.2 of SD1.5's UNet, whose file has 16 bits:
+# its own copy widened, the same again packed, and room to run (benchmarks/lora_slots.py).
+_ROOM = 5.0
 
 
 class SlottedSession:
