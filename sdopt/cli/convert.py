@@ -138,7 +138,9 @@ def merge_recipe(
         values["verify"] = {**values.get("verify", {}), **verify}
     if no_verify:
         values["verify"] = {**values.get("verify", {}), "enabled": False}
-    recipe = parse_recipe(values, where="the command line")
+    typed = [*flags, *(f"verify.{key}" for key in _VERIFY_FLAGS)]
+    names = {key: f"--{key.removeprefix('verify.').replace('_', '-')}" for key in typed}
+    recipe = parse_recipe(values, where="the command line", names=names)
     if not recipe.source:
         raise RecipeError("no SOURCE was given", hint="sdopt convert MODEL -o FOLDER; try sdopt/assets/tiny-shapes")
     return recipe

@@ -13,7 +13,7 @@ import rich_click as click
 
 from sdopt import progress
 from sdopt.cli.text import TRUST_ENGINE_HELP
-from sdopt.errors import UsageError
+from sdopt.errors import ShapeError, UsageError
 from sdopt.model.lora import parse_lora
 from sdopt.model.request import DrawRequest, parse_request
 from sdopt.model.samplers import SchedulerName
@@ -99,7 +99,7 @@ def generate(
     }
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if size is not None:
-        given["width_px"], given["height_px"] = parse_size(size)
+        given["width_px"], given["height_px"] = _parse_size(size)
     if loras:
         given["loras"] = [dataclasses.asdict(parse_lora(text)) for text in loras]
     recipe = _read(from_image)
@@ -117,6 +117,13 @@ def generate(
         print(json.dumps({"schema_version": 1, "bundle": str(folder), "pictures": pictures, "grid": grid}))
     for path in [*(picture.path for picture in drawn), *([grid] if grid else [])]:
         print(path, file=sys.stderr)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    try:
+        return parse_size(text)
+    except ShapeError as error:
+        raise ShapeError(f"--size: {error.message}", hint=error.hint) from error
 
 
 def _write_grid(paths: list[Path]) -> str | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from sdopt.errors import RecipeError, SdoptError, ShapeError, UsageError
+from sdopt.model.accepted import describe_values
 from sdopt.model.backend_settings import Frozen
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Prediction, parse_prediction
 from sdopt.model.lora import parse_lora
 from sdopt.model.precision import Precision
-from sdopt.model.shape import parse_sizes
+from sdopt.model.shape import CHUNK_TOKENS, MOST_CHUNKS, parse_sizes
 from sdopt.model.slots import SlotSettings, parse_slots
 from sdopt.model.suggest import suggest
 from sdopt.model.target import Runtime, Target, TargetField
@@ -59,7 +62,7 @@ class BuildRecipe(Frozen):
     """Refuse a bundle in which no block is quantised, because none pays."""
     size: str = ""
     """WIDTHxHEIGHT in pixels, several with commas, a range with `..`; empty takes the model's own size."""
-    batch: int = 1
+    batch: int = Field(default=1, ge=1, le=64)
     tokens: Literal[77, 154, 231, 308, 385, 462, 539, 616] = 77
     """The longest prompt, in tokens of its text encoders; every multiple of 77 up to it can be drawn."""
     dynamic: bool = False
@@ -81,30 +84,20 @@ class BuildRecipe(Frozen):
     """Most memory of the host that building engines may take, as in `12GiB`; empty sets no limit."""
     verify: VerifySettings = VerifySettings()
 
-    @field_validator("batch")
+    @field_validator("size")
     @classmethod
-    def _batch(cls, batch: int) -> int:
-        if not 1 <= batch <= 64:
-            raise ValueError(f"batch must be 1 to 64, not {batch}")
-        return batch
-
-    @model_validator(mode="after")
-    def _size(self) -> BuildRecipe:
-        if self.size:
+    def _size(cls, text: str) -> str:
+        if text:
             try:
-                parse_sizes(self.size, (1, 1))
+                parse_sizes(text, (1, 1))
             except ShapeError as error:
                 raise ValueError(error.message) from error
-        return self
+        return text
 
     @field_validator("prediction", mode="before")
     @classmethod
     def _prediction(cls, text: object) -> object:
-        if not isinstance(text, str):
-            return text
-        if (found := parse_prediction(text)) is None:
-            raise ValueError(f"prediction is epsilon or v_prediction, not {text!r}")
-        return found
+        return (parse_prediction(text) or text) if isinstance(text, str) else text
 
     @field_validator("max_memory")
     @classmethod
@@ -156,12 +149,14 @@ class BuildRecipe(Frozen):
         return self.quantization or (self.precision.value if self.precision.is_quantized else "")
 
 
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?\Z")
-_UNITS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)B?\Z")
+_UNITS = {"k": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """`'12GiB'` is 12 x 2^30, `'12GB'` is 12 x 10^9. Raises `ValueError` for what is not an amount of memory."""
+    """`'12GiB'` is 12 x 2^30, `'12GB'` is 12 x 10^9. Raises `ValueError` for what is not such an amount, as is
+    a number without a unit.
+    """
     match = _BYTES.match(text.strip())
     if match is None or not float(match[1]):
         raise ValueError(f"{text!r} is not an amount of memory such as 12GiB")
@@ -169,26 +164,42 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * base ** _UNITS[match[2].removesuffix("i")])
 
 
-def parse_recipe(values: dict[str, Any], *, where: str) -> BuildRecipe:
+def parse_recipe(values: dict[str, Any], *, where: str, names: Mapping[str, str] = MappingProxyType({})) -> BuildRecipe:
     """Validate a table into a recipe. An unknown key or value is named, with the nearest that is known.
 
-    `where` is the file's name or "the command line", for the message. Raises `RecipeError`.
+    `where` is the name of the file, for the message. `names` are the flags, by key, that the user typed: a value of
+    theirs is named so, and without a file. Raises `RecipeError`.
     """
     try:
         return BuildRecipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first: dict[str, Any] = dict(error.errors()[0])
         location = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"{where}: {_explain(location, dict(first))}", hint=_suggest(location, dict(first))
-        ) from error
+        flag = names.get(location)
+        message = _explain(flag, first) if flag else f"{where}: {_explain(location, first)}"
+        raise RecipeError(message, hint=_suggest(location, first)) from error
 
 
-def _explain(location: str, problem: dict[str, Any]) -> str:
+def _explain(name: str, problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
-        return f"there is no recipe key {location!r}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{location or 'recipe'}: {message}" + (f" (got {problem['input']!r})" if location else "")
+        return f"there is no recipe key {name!r}"
+    if problem["type"] == "value_error":  # a sentence of ours, which quotes the value
+        return f"{name}: {str(problem['msg']).removeprefix('Value error, ')}"
+    if problem["type"] == "enum":  # the hint lists what is known
+        return f"{name} is {problem['input']!r}, which sdopt does not know"
+    return f"{name} is {problem['input']!r}, and has to be {_accepted(problem)}"
+
+
+def _accepted(problem: dict[str, Any]) -> str:
+    """What the field takes that a problem is about."""
+    if problem["type"] == "literal_error":  # of `tokens`
+        return f"{CHUNK_TOKENS} or a multiple of it up to {CHUNK_TOKENS * MOST_CHUNKS}"
+    first, *rest = problem["loc"]
+    if first == "verify" and rest:
+        schema, items = VerifySettings.model_json_schema()["properties"][rest[0]], rest[1:]
+    else:
+        schema, items = BuildRecipe.model_json_schema()["properties"][first], rest
+    return describe_values(schema["items"] if items else schema) or "a table"
 
 
 def _suggest(location: str, problem: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from sdopt.errors import UsageError
+from sdopt.model.accepted import describe_values
 from sdopt.model.lora import LoraUse
 from sdopt.model.samplers import SchedulerName, parse_scheduler
 from sdopt.model.task import Task
@@ -148,19 +149,7 @@ def _describe(error: ValidationError, names: Mapping[str, str]) -> str:
 
 def accepted_values(task: type[_Request], field: str) -> str:
     """What a field takes, in words: "a whole number from 1 to 1000"."""
-    schema: dict[str, Any] = task.model_json_schema()["properties"][field]
-    schema = next((part for part in schema.get("anyOf", ()) if part.get("type") != "null"), schema)
-    kind = {"integer": "a whole number", "number": "a number", "string": "a text"}.get(schema.get("type", ""), "")
-    if not kind:
-        return f"one of {', '.join(SchedulerName)}"
-    if schema.get("format") == "path":
-        return "a path"
-    if "exclusiveMinimum" in schema:
-        return f"{kind} above {schema['exclusiveMinimum']:g} and up to {schema['maximum']:g}"
-    if "minimum" not in schema:
-        return kind
-    most = schema["maximum"] if "maximum" in schema else schema["exclusiveMaximum"] - 1
-    return f"{kind} from {schema['minimum']:g} to {most if isinstance(most, int) else format(most, 'g')}"
+    return describe_values(task.model_json_schema()["properties"][field]) or f"one of {', '.join(SchedulerName)}"
 
 
 def _quote(value: object) -> str:

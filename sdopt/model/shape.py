@@ -146,10 +146,10 @@ def parse_size(text: str) -> tuple[int, int]:
     """`'512x768'` as (width_px, height_px), the order that pictures are named in."""
     match = _SIZE.match(text.strip().lower())
     if match is None:
-        raise ShapeError(f"size {text!r} is not WIDTHxHEIGHT in pixels", hint="for example --size 512x512")
+        raise ShapeError(f"{text!r} is not WIDTHxHEIGHT in pixels", hint="for example --size 512x512")
     width_px, height_px = int(match[1]), int(match[2])
     if not (width_px and height_px):
-        raise ShapeError(f"size {text!r} has a side of 0 pixels")
+        raise ShapeError(f"{text!r} has a side of 0 pixels", hint="for example --size 512x512")
     return width_px, height_px
 
 
@@ -168,17 +168,17 @@ def parse_sizes(text: str, usual: tuple[int, int]) -> tuple[tuple[Extent, Extent
     """
     sizes = tuple(_parse_range(part.strip(), usual) for part in text.split(","))
     if len(set(sizes)) != len(sizes):
-        raise ShapeError(f"size {text!r} names the same size twice")
+        raise ShapeError(f"{text!r} names the same size twice")
     return sizes
 
 
 def _parse_range(text: str, usual: tuple[int, int]) -> tuple[Extent, Extent]:
     bounds = [parse_size(part) for part in text.split("..")]
     if len(bounds) > 3:
-        raise ShapeError(f"size {text!r} has too many bounds", hint="write --size 512x512..768x768..1024x1024")
+        raise ShapeError(f"{text!r} has too many bounds", hint="write --size 512x512..768x768..1024x1024")
     if any(list(sides) != sorted(sides) for sides in zip(*bounds, strict=True)):
         raise ShapeError(
-            f"size {text!r} does not go from the smallest to the largest", hint="for example --size 512x512..1024x1024"
+            f"{text!r} does not go from the smallest to the largest", hint="for example --size 512x512..1024x1024"
         )
     least, most = bounds[0], bounds[-1]
     if len(bounds) == 3:

@@ -57,7 +57,7 @@ def parse_slots(text: str) -> SlotSettings:
     layers = (match["set"] if match else None) or SlotSet.TRANSFORMER
     if not 1 <= rank <= RANK_LIMIT or layers not in list(SlotSet):
         raise UsageError(
-            f"LoRA slots are {text!r}, and have to be a rank from 1 to {RANK_LIMIT}, with the layers before it",
+            f"{text!r} is not a rank from 1 to {RANK_LIMIT}, alone or with the layers before it",
             hint=f"for example 64, attention:64 or all:128; the layers are {', '.join(SlotSet)}",
         )
     return SlotSettings(SlotSet(layers), rank)

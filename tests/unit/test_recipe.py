@@ -89,8 +89,48 @@ def test_an_error_says_whether_the_file_or_the_command_line_is_wrong(tmp_path: P
     file.write_text("batch = 0\n")
     with pytest.raises(RecipeError, match=r"r\.toml"):
         merge(file, batch=1)
-    with pytest.raises(RecipeError, match="command line"):
+    with pytest.raises(RecipeError, match=r"^--batch is 0, and has to be a whole number from 1 to 64$"):
         merge(batch=0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message", "hint"),
+    [
+        ("tokens", 100, "--tokens is 100, and has to be 77 or a multiple of it up to 616", ""),
+        ("target", "foo", "--target: there is no target 'foo'", "known: cpu, "),
+        ("precision", "fp23", "--precision is 'fp23', which sdopt does not know", "did you mean 'fp32'?"),
+        ("prediction", "foo", "--prediction is 'foo', which sdopt does not know", "known: epsilon, v_prediction"),
+        ("max_memory", "foo", "--max-memory: 'foo' is not an amount of memory such as 12GiB", ""),
+        ("max_memory", "1", "--max-memory: '1' is not an amount of memory such as 12GiB", ""),
+        ("lora_slots", "0", "--lora-slots: '0' is not a rank from 1 to 1024, ", "for example 64"),
+        ("lora", ("",), "--lora: '' does not name a LoRA", "for example ink.safetensors:0.8"),
+        ("size", "512", "--size: '512' is not WIDTHxHEIGHT in pixels", "for example --size 512x512"),
+        ("min_ssim", 2.0, "--min-ssim is 2.0, and has to be a number from 0 to 1", ""),
+    ],
+)
+def test_a_bad_flag_is_named_as_typed(flag: str, value: object, message: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        merge(**{flag: value})
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint.startswith(hint)
+    assert "got" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch": "many"}, "x.toml: batch is 'many', and has to be a whole number from 1 to 64"),
+        ({"lora_slots": "0"}, "x.toml: lora_slots: '0' is not a rank from 1 to 1024, "),
+        ({"verify": {"steps": 0}}, "x.toml: verify.steps is 0, and has to be a whole number from 1 to 1000"),
+        ({"verify": {"prompts": [3]}}, "x.toml: verify.prompts.0 is 3, and has to be a text"),
+        ({"verify": 3}, "x.toml: verify is 3, and has to be a table"),
+        ({"dynamic": "perhaps"}, "x.toml: dynamic is 'perhaps', and has to be true or false"),
+    ],
+)
+def test_a_bad_value_of_a_file_is_named_as_in_the_file(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values, where="x.toml")
+    assert caught.value.message.startswith(message)
 
 
 @pytest.mark.parametrize("content", [b"batch = ", b"\xff\xfe", b"batch = 1\nbatch = 2\n"])
