@@ -85,8 +85,10 @@ def convert(
     from sdopt.convert.convert import convert as build
     from sdopt.convert.convert import list_steps
     from sdopt.convert.decide import open_plan
+    from sdopt.disk.staging import require_ours
 
     output = output or again or Path("engines") / _default_name(recipe.source)
+    require_ours(output)  # before a download
     with progress.shown_on_stderr():
         plan = open_plan(recipe)
         if save_recipe is not None:

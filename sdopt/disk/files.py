@@ -102,6 +102,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def require_writable(output: Path) -> None:
+    """Raise what `disk_errors` raises where nothing can be put beside `output`, before the work rather than after it.
+
+    Permissions alone do not say it, for an administrator or in a folder such as /proc: a file is made and removed.
+    """
+    folder = output.parent
+    while not folder.exists():
+        folder = folder.parent
+    with disk_errors(output), tempfile.NamedTemporaryFile(dir=folder, prefix=".sdopt-"):
+        pass
+
+
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
     """Raise `MissingHardware` before the work, rather than after an hour of it."""
     existing = folder

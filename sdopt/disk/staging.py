@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdopt.disk.digest import FileRecord, digest_of
 from sdopt.disk.file_records import find_damage
-from sdopt.disk.files import disk_errors, fsync_folder, write_file
+from sdopt.disk.files import disk_errors, fsync_folder, require_writable, write_file
 from sdopt.disk.locks import locked
 from sdopt.errors import ArtifactError
 from sdopt.model.component import ComponentName
@@ -34,7 +34,9 @@ class _Journal(BaseModel):
 
 
 def require_place(output: Path) -> None:
-    """Raise `ArtifactError` where no folder can be put at `output`: a file or a link is there or in the way."""
+    """Raise `ArtifactError` where no folder can be put at `output`: a file or a link is there or in the way, or the
+    system forbids it.
+    """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ArtifactError(f"{output} is not a folder", hint="choose another with -o")
     if output.is_mount():
@@ -44,6 +46,8 @@ def require_place(output: Path) -> None:
         )
     if any(parent.exists() and not parent.is_dir() for parent in output.parents):
         raise ArtifactError(f"{output} cannot be made: a file is in its way", hint="choose another with -o")
+    if not output.exists():
+        require_writable(output)
 
 
 def require_ours(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,20 @@ from typing import Any
 
 from sdopt._version import __version__
 from sdopt.bundle.linked import open_links
-from sdopt.disk.files import disk_errors
-from sdopt.errors import ArtifactError, UsageError
+from sdopt.disk.files import disk_errors, require_writable
+from sdopt.errors import UsageError
+from sdopt.model.file_names import MANIFEST_NAME
 from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest
 from sdopt.model.samplers import SCHEDULERS
 from sdopt.pictures.png import PictureRecipe, write_picture
 from sdopt.tasks.loras import LoraFinder, list_loras
 from sdopt.tasks.prepare import PreparedRequest, check_prompts
+
+# What a user means as the name of a picture, and not of a folder.
+_OTHER_PICTURES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".tga", ".tif", ".tiff", ".webp"}
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,13 @@ def _write(
 
 def _require_output(output: Path, pictures: int) -> None:
     """Make the folder, and see that a file can be put into it, before hours of drawing."""
+    if output.suffix.lower() in _OTHER_PICTURES and not output.is_dir():
+        right = output.with_suffix(".png" if pictures == 1 else "")
+        raise UsageError(
+            f"{output} cannot be written: pictures are PNG files",
+            hint=f"choose another name: -o {shlex.quote(str(right))}",
+        )
+    _require_outside_bundles(output)
     folder = output
     if is_picture(output):
         if pictures > 1:
@@ -132,11 +146,22 @@ def _require_output(output: Path, pictures: int) -> None:
             raise UsageError(f"{output} exists, and pictures are never overwritten", hint="choose another name with -o")
         folder = output.parent
     try:
-        with disk_errors(folder):
+        with disk_errors(output):
             folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(
             f"{folder} cannot be a folder: a file is in its place", hint="choose another with -o"
         ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ArtifactError(f"no permission to write into {folder}", hint="choose another folder with -o")
+    require_writable(output if output != folder else folder / "picture.png")
+
+
+def _require_outside_bundles(output: Path) -> None:
+    """Pictures in a bundle would look like a part of it, and go with it when it is built again."""
+    place = output.resolve()
+    for folder in (place, *place.parents):
+        if (folder / MANIFEST_NAME).is_file():
+            beside = shlex.quote(os.path.relpath(folder.with_name(f"{folder.name}-pictures")))
+            raise UsageError(
+                f"{output} is {'a bundle' if folder == place else f'in the bundle {folder}'}, and pictures do not belong there",
+                hint=f"choose a folder outside: -o {beside}",
+            )
