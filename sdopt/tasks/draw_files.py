@@ -160,8 +160,10 @@ def _require_outside_bundles(output: Path) -> None:
     place = output.resolve()
     for folder in (place, *place.parents):
         if (folder / MANIFEST_NAME).is_file():
-            beside = shlex.quote(os.path.relpath(folder.with_name(f"{folder.name}-pictures")))
+            beside = folder.parent / f"{folder.name}-pictures"
+            typed = str(beside) if output.is_absolute() else os.path.relpath(beside)
+            what = "is a bundle" if folder == place else f"is in the bundle {folder}"
             raise UsageError(
-                f"{output} is {'a bundle' if folder == place else f'in the bundle {folder}'}, and pictures do not belong there",
-                hint=f"choose a folder outside: -o {beside}",
+                f"{output} {what}, and pictures do not belong there",
+                hint=f"choose a folder outside: -o {shlex.quote(typed)}",
             )
