@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 
 from sdopt.errors import UsageError
 
-ESCAPED = re.compile(r"\\([()\[\]{}<>_\-:|\\]|(?:BREAK|AND)\b|embedding:)")
+ESCAPED = re.compile(
+    r"\\([()\[\]{}<>_\-+:|\\\uff08]|(?:BREAK|AND(?:_(?:SALT|PERP|TOPK))?|ADD(?:COL|ROW|BASE|COMM))\b|embedding:)"
+)
 """A backslash and the piece that it makes literal."""
 
 _EMPHASIS = 1.1

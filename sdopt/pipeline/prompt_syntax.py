@@ -2,15 +2,22 @@ r"""What other programs read in a prompt and sdopt does not: it is refused or re
 
 What sdopt reads is in `prompt_grammar`. The rule for the rest, for text that no backslash escapes:
 
-- `AND` in capitals, as a word of its own: A1111 draws such prompts apart and adds them.
+- `AND` in capitals, as a word of its own: A1111 draws such prompts apart and adds them. So do `AND_SALT`, `AND_PERP`
+  and `AND_TOPK` of Neutral Prompt.
+- `ADDCOL`, `ADDROW`, `ADDBASE` and `ADDCOMM` in capitals, of Regional Prompter.
 - `{` with a later `}`: `{a|b}` of dynamic prompts and ComfyUI, `{word}` of NovelAI.
 - `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and `a < b` are characters.
 - `embedding:name` of ComfyUI, at the start of a word; `embedding: name` is words.
 - `__name__`, a wildcard of dynamic prompts. `snake_case`, `^__^` and `____` are characters.
 - `--name` at the start of a word and `word::2`, of Midjourney. `--` alone and `16:9` are characters.
+- `word++`, `word--`, `(words)++` and more of them, of compel, where the word ends in two letters or more and no word
+  follows at once. `C++`, `wait--what` and a single `+` or `-` are characters.
+- A weight like `(red:1.3)` with a full-width bracket or colon, as keyboards for Chinese and Japanese type it.
+- `<|startoftext|>` and `<|endoftext|>`, which the tokenizer takes for the start and the end of the text.
 
-A backslash before one of `( ) [ ] { } < > _ - : |` or before another backslash, or before `BREAK`, `AND` and
-`embedding:`, makes it literal and is itself not drawn, as A1111 does for brackets. Any other backslash is a character.
+A backslash before one of `( ) [ ] { } < > _ - + : |`, a full-width opening bracket or another backslash, or before
+`BREAK`, `AND`, the other words in capitals and `embedding:`, makes it literal and is itself not drawn, as A1111 does
+for brackets. Any other backslash is a character. Nothing makes the tokenizer's start and end literal.
 """
 
 from __future__ import annotations
@@ -40,6 +47,9 @@ class SyntaxPiece:
 
 
 _COMPOSITION = "several prompts that are drawn apart and added"
+_FULL_WIDTH = "a weight in full-width characters"
+_MARK = "the start or the end of the text"
+_CAPITALS = re.compile(r"BREAK|AND(?:_\w+)?|ADD(?:COL|ROW|BASE|COMM)")
 
 # In the order in which a piece is named where several rules fit.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -49,9 +59,14 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\{[^{}]*\}"), "a choice of dynamic prompts"),
     (re.compile(r"\{(?=.*\})"), "a choice of dynamic prompts"),
     (re.compile(r"(?<![^\W_])__[A-Za-z0-9*][\w\-/.*]*?__(?![^\W_])"), "a wildcard"),
-    (re.compile(r"\bAND\b"), _COMPOSITION),
+    (re.compile(r"\bAND(?:_(?:SALT|PERP|TOPK))?\b"), _COMPOSITION),
+    (re.compile(r"\bADD(?:COL|ROW|BASE|COMM)\b"), "a region of Regional Prompter"),
     (re.compile(r"(?<!\S)--[A-Za-z]\w*"), "a parameter of Midjourney"),
     (re.compile(r"(?<=\w)::-?\d[\d.]*"), "a weight of Midjourney"),
+    (re.compile(r"(?:(?<!\w)\w*[^\W\d_]{2}|(?<=\)))(?:\+{2,}|-{2,})(?![\w+\->])"), "a weight of compel"),
+    (re.compile(r"\uff08[^()\uff08\uff09]*[:\uff1a]\s*[+-]?[\d.]+\s*[)\uff09]"), _FULL_WIDTH),
+    (re.compile(r"\([^()\uff08\uff09]*(?:\uff1a\s*[+-]?[\d.]+\s*[)\uff09]|:\s*[+-]?[\d.]+\s*\uff09)"), _FULL_WIDTH),
+    (re.compile(r"\\?<\\?\|(?:start|end)oftext\\?\|\\?>", re.IGNORECASE), _MARK),
 )
 
 
@@ -64,7 +79,8 @@ def find_syntax(prompt: str) -> SyntaxPiece | None:
     text = text.replace("\n", " ")
     found: list[tuple[int, int, SyntaxPiece]] = []
     for order, (pattern, meaning) in enumerate(_RULES):
-        match = pattern.search(text)
+        # The tokenizer takes its tokens for what they are whether or not the grammar took a backslash from them.
+        match = pattern.search(prompt if meaning == _MARK else text)
         if match is None:
             continue
         piece = prompt[match.start() : match.end()]
@@ -83,25 +99,35 @@ def refuse_syntax(prompt: str, *, strict: bool) -> None:
     if piece is None:
         return
     if strict or piece.meaning == _COMPOSITION:
-        raise UsageError(_describe(piece), hint=f"to draw it as words, write {piece.literal}")
-    _warn_once(_describe(piece))
+        raise UsageError(_describe(piece), hint=_hint(piece))
+    drawn = "" if piece.meaning == _MARK else "; the pipeline draws it as plain words"
+    _warn_once(f"{_describe(piece)}{drawn}")
+
+
+def _hint(piece: SyntaxPiece) -> str:
+    if piece.meaning == _MARK:
+        return "leave it out: text encoders have no words for it"
+    as_words = f"to draw it as words, write {piece.literal}"
+    return f"to weigh it, write (word:1.3); {as_words}" if piece.meaning == _FULL_WIDTH else as_words
 
 
 @functools.lru_cache(maxsize=1024)
 def _warn_once(sentence: str) -> None:
-    _log.warning("%s; the pipeline draws it as plain words", sentence)
+    _log.warning("%s", sentence)
 
 
 def _describe(piece: SyntaxPiece) -> str:
+    if piece.meaning == _MARK:
+        return f"the prompt has {piece.text!r}, which text encoders take for {_MARK}"
     return f"the prompt has {piece.text!r}, which other programs read as {piece.meaning} and sdopt does not"
 
 
 def _escape(piece: str) -> str:
-    if piece in ("BREAK", "AND") or piece.startswith("embedding:"):
+    if _CAPITALS.fullmatch(piece) or piece.startswith("embedding:"):
         return f"\\{piece}"
     if piece.startswith(("--", "::", "__")):
         return f"\\{piece}"
-    return re.sub(r"(?<!\\)([()\[\]{}<>])", r"\\\1", piece)
+    return re.sub(r"(?<!\\)([()\[\]{}<>\uff08]|(?:\+{2,}|-{2,})$)", r"\\\1", piece)
 
 
 def _shorten(text: str) -> str:

@@ -38,6 +38,10 @@ WORDS = [
     "a } brace { alone",
     "C:\\temp\\new folder",
     "C++ and C#",
+    "C++ code, C-- too",
+    "wait--what, a 50+ party, LGBTQ+, cat--> dog, 1990s, :-) --",
+    "\N{FULLWIDTH LEFT PARENTHESIS}red\N{FULLWIDTH RIGHT PARENTHESIS}",
+    "ADD COLOUR, ADDCOLOUR, and_salt, ROCK_AND_ROLL",
     "“quotes”, 'single', Größe 海辺の城 🏰",
     "a | b || c",
     "50/50, 3/4 view, f/1.8",
@@ -45,6 +49,8 @@ WORDS = [
     "line one\nline two",
 ]
 
+COLON = "\N{FULLWIDTH COLON}"
+WIDE = f"\N{FULLWIDTH LEFT PARENTHESIS}red{COLON}1.3\N{FULLWIDTH RIGHT PARENTHESIS}"
 SYNTAX = {
     "a cat AND a dog": ("AND", "drawn apart"),
     "a cat AND a dog :1.2": ("AND", "drawn apart"),
@@ -60,6 +66,16 @@ SYNTAX = {
     "__style/*__": ("__style/*__", "wildcard"),
     "a car --ar 16:9": ("--ar", "Midjourney"),
     "space::2 ship": ("::2", "Midjourney"),
+    "red++ circle": ("red++", "a weight of compel"),
+    "red-- circle": ("red--", "a weight of compel"),
+    "a dog ADDCOL a cat": ("ADDCOL", "Regional Prompter"),
+    "a ADDROW": ("ADDROW", "Regional Prompter"),
+    "ADDBASE a": ("ADDBASE", "Regional Prompter"),
+    "a ADDCOMM b": ("ADDCOMM", "Regional Prompter"),
+    "a cat AND_SALT a dog": ("AND_SALT", "drawn apart"),
+    "a cat AND_PERP a dog": ("AND_PERP", "drawn apart"),
+    WIDE: (WIDE, "full-width"),
+    f"(red{COLON}1.3)": (f"(red{COLON}1.3)", "full-width"),
     "one\n{two}\nthree": ("{two}", "dynamic prompts"),
     "an \\{escaped\\} one and {not}": ("{not}", "dynamic prompts"),
     "a \\\\{word} behind a backslash": ("{word}", "dynamic prompts"),
@@ -72,6 +88,8 @@ ESCAPED = {
     "\\__colour__ and _\\_colour__": "__colour__ and __colour__",
     "\\--ar": "--ar",
     "space\\::2": "space::2",
+    "red\\++ and red\\--": "red++ and red--",
+    "\\ADDCOL \\AND_SALT": "ADDCOL AND_SALT",
     "a \\\\ b": "a \\ b",
     "C:\\temp": "C:\\temp",
 }
@@ -124,6 +142,24 @@ def test_a_piece_of_any_length_is_shown_shortened() -> None:
     found = find_syntax(f"{{{'word ' * 900}}}")
     assert found is not None
     assert len(found.text) == 60
+
+
+def test_a_weight_of_compel_behind_brackets() -> None:
+    found = find_syntax("a (large cat)+++")
+    assert found is not None
+    assert (found.text, found.literal) == ("+++", "\\+++")
+    refuse_syntax("a (large cat)\\+++ and (another\\)++", strict=True)
+
+
+@pytest.mark.parametrize("prompt", ["a <|endoftext|> b", "<|startoftext|>", "\\<|EndOfText|\\> b"])
+def test_the_tokens_of_the_tokenizer_are_refused_however_they_are_written(
+    prompt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UsageError, match="text encoders take for the start or the end of the text") as caught:
+        refuse_syntax(prompt, strict=True)
+    assert caught.value.hint.startswith("leave it out")
+    refuse_syntax(prompt, strict=False)
+    assert "plain words" not in caplog.text
 
 
 @given(st.text(st.sampled_from("ab (){}[]<>\\:|_-0.5ANDBREK\n"), max_size=40))
