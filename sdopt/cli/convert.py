@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from sdopt import progress
-from sdopt.cli.text import neutralise
+from sdopt.cli.text import format_duration, format_megabytes, neutralise
 from sdopt.disk.files import hash_file, write_file
 from sdopt.errors import CheckpointError, RecipeError
 from sdopt.model.file_names import MANIFEST_NAME
@@ -189,12 +189,14 @@ def _show_steps(steps: list[Step], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("step", "of", "", "disk MB", "memory MB, about", "seconds, about", title="what convert will do")
+    table = Table("step", "of", "", title="what convert will do")
+    for figure in ("disk MB", "memory MB,\nabout", "time, about"):
+        table.add_column(figure, justify="right", no_wrap=True)
     for step in steps:
-        todo = "" if step.found else f"{step.expected_s:.0f}"
+        todo = "" if step.found else format_duration(step.expected_s)
         table.add_row(
-            step.stage, step.component, "found" if step.found else "to do", f"{step.disk_bytes / 1e6:,.0f}",
-            f"{step.memory_bytes / 1e6:,.0f}", todo,
+            step.stage, step.component, "found" if step.found else "to do", format_megabytes(step.disk_bytes),
+            format_megabytes(step.memory_bytes), todo,
         )  # fmt: skip
     Console(stderr=True).print(table)
     for step in steps:

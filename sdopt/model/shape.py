@@ -105,14 +105,25 @@ class ShapeProfile:
 
     def check_against(self, multiple_px: int) -> None:
         """Raise `ShapeError` unless every bound is a multiple of `multiple_px` (VAE factor times UNet factor)."""
-        for side, extent in (("height", self.height_px), ("width", self.width_px)):
-            for bound in (extent.min, extent.opt, extent.max):
-                if bound % multiple_px:
-                    low = max(multiple_px, bound // multiple_px * multiple_px)
-                    raise ShapeError(
-                        f"{side} {bound} px is not a multiple of {multiple_px}, which this model needs",
-                        hint=f"the nearest sizes are {low} and {low + multiple_px if low < bound else low}",
-                    )
+        wrong = {
+            side: bound
+            for side, extent in (("width", self.width_px), ("height", self.height_px))
+            for bound in (extent.max, extent.opt, extent.min)
+            if bound % multiple_px
+        }
+        if wrong:
+            named = " and ".join(f"the {side} of {bound} px" for side, bound in wrong.items())
+            are = "is not a multiple" if len(wrong) == 1 else "are not multiples"
+            raise ShapeError(
+                f"{named} {are} of {multiple_px}, which this model needs",
+                hint="; ".join(_name_nearest(side, bound, multiple_px) for side, bound in wrong.items()),
+            )
+
+
+def _name_nearest(side: str, size_px: int, multiple_px: int) -> str:
+    low = size_px // multiple_px * multiple_px
+    high = low + multiple_px
+    return f"the nearest {side}s are {low} and {high}" if low else f"the least {side} is {high}"
 
 
 def describe_profiles(profiles: Sequence[ShapeProfile]) -> str:

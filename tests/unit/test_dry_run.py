@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.checkpoint.source import open_checkpoint
+from sdopt.cli.text import format_duration, format_megabytes
 from sdopt.convert.build import Build
 from sdopt.convert.convert import list_steps
 from sdopt.convert.cost import PROCESS_BYTES, cost_of
@@ -41,6 +42,24 @@ def test_memory_and_time_grow_with_the_picture(precision: Precision, tmp_path: P
             # Sixteen times the pixels; the weights do not grow, and attention grows with the square.
             assert after.memory_bytes - PROCESS_BYTES > 4 * (before.memory_bytes - PROCESS_BYTES), before.stage
             assert after.expected_s > 10 * before.expected_s, before.stage
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"),
+    [
+        (0, "<1 second"), (1.2, "1 second"), (40, "40 seconds"), (119, "119 seconds"), (720, "12 minutes"),
+        (7200, "2 hours"), (4 * 86_400, "4 days"), (38_591_484_013, "1,223 years"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_told_in_a_unit_that_fits(duration_s: float, text: str) -> None:
+    assert format_duration(duration_s) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"), [(0, "\N{EN DASH}"), (40_000, "<1"), (600_000, "1"), (1_234_567_890, "1,235")]
+)
+def test_megabytes_are_whole_and_what_is_there_is_not_none(size_bytes: int, text: str) -> None:
+    assert format_megabytes(size_bytes) == text
 
 
 def test_a_build_that_is_not_verified_has_no_step_of_the_verdict(tmp_path: Path) -> None:

@@ -55,12 +55,23 @@ def test_sizes_that_are_no_multiple_are_refused_with_the_nearest_that_are(width:
     if width % unit == 0 and height % unit == 0:
         profile.check_against(unit)
         return
-    with pytest.raises(ShapeError, match=f"multiple of {unit}") as caught:
+    with pytest.raises(ShapeError, match=rf"multiples? of {unit}, ") as caught:
         profile.check_against(unit)
-    wrong = height if height % unit else width
-    offered = [int(number) for number in re.findall(r"\d+", caught.value.hint)]
-    assert all(size > 0 and size % unit == 0 and abs(size - wrong) < unit for size in offered)
-    assert any(size <= wrong for size in offered) or wrong < unit
+    for side, size in (("width", width), ("height", height)):
+        assert (f"the {side} of {size} px" in caught.value.message) == bool(size % unit)
+        (hints,) = [part for part in caught.value.hint.split("; ") if side in part] or [""]
+        low = size // unit * unit
+        nearest = [low, low + unit] if low else [unit]
+        assert list(map(int, re.findall(r"\d+", hints))) == (nearest if size % unit else [])
+
+
+def test_both_wrong_sides_are_named_in_one_sentence() -> None:
+    with pytest.raises(ShapeError) as caught:
+        ShapeProfile.static(height_px=7, width_px=40).check_against(16)
+    assert caught.value.message == (
+        "the width of 40 px and the height of 7 px are not multiples of 16, which this model needs"
+    )
+    assert caught.value.hint == "the nearest widths are 32 and 48; the least height is 16"
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 200), st.sampled_from([4, 8]))
