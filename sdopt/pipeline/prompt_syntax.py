@@ -16,8 +16,8 @@ What sdopt reads is in `prompt_grammar`. The rule for the rest, for text that no
 - `<|startoftext|>` and `<|endoftext|>`, which the tokenizer takes for the start and the end of the text.
 
 A backslash before one of `( ) [ ] { } < > _ - + : |`, a full-width opening bracket or another backslash, or before
-`BREAK`, `AND`, the other words in capitals and `embedding:`, makes it literal and is itself not drawn, as A1111 does
-for brackets. Any other backslash is a character. Nothing makes the tokenizer's start and end literal.
+`BREAK`, `AND`, the other words in capitals and `embedding:`, makes it literal and is itself not drawn, as A1111
+does for brackets. Any other backslash is a character. Nothing makes the tokenizer's start and end literal.
 """
 
 from __future__ import annotations
