@@ -4,6 +4,7 @@ draw.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import rich_click as click
 from sdopt import progress
 from sdopt.cli.text import TRUST_ENGINE_HELP, neutralise
 from sdopt.errors import MissingDependency, UsageError
+from sdopt.model.request import STEPS_LIMIT
 
 if TYPE_CHECKING:
     from sdopt.bench.case.report import BenchReport
@@ -39,16 +41,16 @@ if TYPE_CHECKING:
 @click.option(
     "--suite", metavar="NAME", help="What to measure: a file of configs/suites, or a path. Other options override it."
 )
-@click.option("--repeats", type=click.IntRange(1, 100), help="Processes for each candidate.  [default: 3, "
+@click.option("--repeats", type=int, help="Processes for each candidate.  [default: 3, "
               "and 2 for one more than three times as slow as the engines]")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the scheduler.  [default: 20]")
+@click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
 @click.option(
     "--prompt", "prompts", multiple=True, help="What to draw; several times for several.  [default: the bundle's]"
 )
 @click.option(
     "--time-limit",
     "time_limit_s",
-    type=click.FloatRange(1),
+    type=float,
     metavar="SECONDS",
     help="For each process; a candidate that takes longer is reported as failed.  [default: 1800]",
 )
@@ -90,6 +92,9 @@ def bench(
     from sdopt.bench.run import BenchRequest, apply_run
     from sdopt.fidelity.perceptual.local_weights import parse_weights
 
+    _require_range("--repeats", repeats, "a whole number", 1, 100)
+    _require_range("--steps", steps, "a whole number", 1, STEPS_LIMIT)
+    _require_range("--time-limit", time_limit_s, "a number of seconds", 1)
     given: dict[str, Any] = {
         "against": None if against is None else parse_against(against), "steps": steps, "prompts": prompts or None,
         "repeats": repeats, "time_limit_s": time_limit_s,
@@ -112,6 +117,12 @@ def bench(
     if any(_engines_failed(result.report) for result in results):
         # Told by the table and in the JSON; a second message would break the one JSON document.
         sys.exit(1)
+
+
+def _require_range(flag: str, value: float | None, kind: str, least: int, most: int | None = None) -> None:
+    if value is not None and not least <= value <= (math.inf if most is None else most):
+        accepted = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{flag} is {value:g}, and has to be {kind} {accepted}")
 
 
 def _run_all(requests: Mapping[str, BenchRequest], report: Path | None) -> list[BenchResult]:
@@ -188,13 +199,15 @@ def _print_table(report: BenchReport) -> None:
     what = f"{report.case.steps} steps" if draws else "one step of the UNet"
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, title=escape(neutralise(f"{report.case.bundle}, {what}")),
-        title_justify="left",
+        title_justify="left", collapse_padding=True,
     )  # fmt: skip
     rows = summarize_candidates(report)
     on_gpu = any(row.peak_device_bytes is not None for row in rows)
-    names = ["", *(["one call"] if draws else []), "UNet step", "speed", "cold start", "memory"]
-    for column in (*names, *(["GPU memory"] if on_gpu else []), *(["PSNR"] if draws else [])):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    # Of 80 characters the figures take what they need, and labels are wrapped into the rest.
+    table.add_column("", overflow="fold")
+    names = [*(["one\ncall"] if draws else []), "UNet\nstep", "speed", "cold\nstart", "memory"]
+    for column in (*names, *(["GPU\nmemory"] if on_gpu else []), *(["PSNR\ndB"] if draws else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         label = escape(neutralise(row.record.label))
         if row.record.status is not Status.OK or row.whole is None:
@@ -221,7 +234,7 @@ def _format_row(row: CandidateSummary, *, draws: bool, device: Sequence[str]) ->
     from sdopt.fidelity.compare_drawings import format_psnr
 
     step = row.stages.get(Stage.UNET_STEP)
-    psnr = NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db)
+    psnr = NOT_MEASURED if row.worst_psnr_db is None else format_psnr(row.worst_psnr_db).removesuffix(" dB")
     return [
         *([format_ns(row.whole.median_ns if row.whole else None)] if draws else []),
         format_ns(step.median_ns if step else None),

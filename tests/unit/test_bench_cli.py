@@ -15,7 +15,7 @@ from sdopt.bench.page.pairs import judge_pairs
 from sdopt.bench.run import BenchRequest, BenchResult
 from sdopt.cli.bench import bench
 from sdopt.errors import ArtifactError, UsageError
-from tests.planted_reports import make_report, make_result
+from tests.planted_reports import make_gpu_processes, make_report, make_result
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str, **engines: Any) -> tuple[Result, list[BenchRequest]]:
@@ -78,11 +78,39 @@ def test_engines_that_fail_are_told_and_exit_1(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "report.html").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--steps", "0"], ["--time-limit", "0"], ["--color"]])
-def test_impossible_options_are_refused(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    result, requests = invoke(monkeypatch, "out/b", *arguments)
+def test_an_unknown_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, requests = invoke(monkeypatch, "out/b", "--color")
     assert result.exit_code == 2
     assert requests == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--repeats", "0", "--repeats is 0, and has to be a whole number from 1 to 100"),
+        ("--steps", "0", "--steps is 0, and has to be a whole number from 1 to 1000"),
+        ("--repeats", "101", "--repeats is 101, and has to be a whole number from 1 to 100"),
+        ("--time-limit", "nan", "--time-limit is nan, and has to be a number of seconds of 1 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_named_as_generate_does(
+    monkeypatch: pytest.MonkeyPatch, flag: str, value: str, message: str
+) -> None:
+    result, requests = invoke(monkeypatch, "out/b", flag, value)
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.message == message
+    assert requests == []
+
+
+def test_every_figure_is_whole_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result, _ = invoke(
+        monkeypatch, "out/b", label="TensorRT-RTX 1.7 fp16, UNet in int8", processes=make_gpu_processes()
+    )
+    table = result.stderr.partition("against")[0]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
+    assert "102 ms 25.5 ms 2.43x 3.20 s 500 MB 3.10 GB 45.0" in " ".join(table.split())
+    assert all(len(line) <= 80 for line in table.splitlines())
 
 
 def test_an_unknown_baseline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
