@@ -198,6 +198,12 @@ def _not_a_bundle(folder: Path) -> ArtifactError:
             f"{folder} is a checkpoint, and not a bundle of engines",
             hint=f"make the bundle with: {shlex.join(['sdopt', 'convert', str(folder), '-o', str(output)])}",
         )
+    # `.` has no parent by its name, and the parent of `unet` would be `.`, which is not what the user calls it.
+    above = folder.parent if folder.parent != Path() else folder.absolute().parent
+    if folder.is_dir() and (above / MANIFEST_NAME).is_file():
+        return ArtifactError(
+            f"{folder} is a part of a bundle, and not all of it", hint=f"give the folder above, {above}"
+        )
     free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
     output = folder if free else Path("engines") / "MODEL"
     return ArtifactError(

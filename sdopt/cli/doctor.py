@@ -67,7 +67,7 @@ def doctor(as_json: bool) -> None:
     # Below the table, where a command is one line that can be copied.
     for probe in probes:
         if probe.remedy:
-            print(neutralise(f"{probe.backend}: {probe.remedy}"), file=sys.stderr)
+            print(neutralise(f"{probe.backend}:\n  {probe.remedy}"), file=sys.stderr)
     for mismatch in mismatches:
         print(neutralise(f"{mismatch.sentence}:\n  {mismatch.command}"), file=sys.stderr)
     for flavour, generations in buildable.items():

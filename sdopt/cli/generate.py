@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,11 @@ def generate(
     if loras:
         given["loras"] = [dataclasses.asdict(parse_lora(text)) for text in loras]
     recipe = _read(from_image)
+    if recipe is None and not prompts:
+        raise UsageError(
+            "there is nothing to draw",
+            hint=f'give a prompt, as in: sdopt generate {shlex.quote(str(folder))} "a large red circle"',
+        )
     requests = _make_requests(recipe, prompts, given)
     with progress.shown_on_stderr():
         drawn = draw_files(
@@ -149,11 +155,6 @@ def _read(from_image: Path | None) -> PictureRecipe | None:
 
 
 def _make_requests(recipe: PictureRecipe | None, prompts: tuple[str, ...], given: dict[str, Any]) -> list[DrawRequest]:
-    if recipe is None and not prompts:
-        raise UsageError(
-            "there is nothing to draw",
-            hint='give a prompt, as in: sdopt generate FOLDER "a large red circle"',
-        )
     base = {"seed": secrets.randbits(32)} if recipe is None else recipe.request.model_dump()
     # The first alone: a seed that is not possible is said as it was given, and not with what is added for the others.
     first = parse_request(base | given | {"prompt": prompts[0] if prompts else base["prompt"]}, names=_FLAGS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from sdopt.cli.generate import generate
 from sdopt.disk.staging import require_ours
 from sdopt.errors import ArtifactError, SdoptError, UsageError
 from sdopt.model.request import DrawRequest, parse_request
@@ -51,6 +53,23 @@ def test_a_bundle_takes_no_pictures(inside: str, tmp_path: Path) -> None:
 def test_another_place_is_taken_and_nothing_is_left_in_it(tmp_path: Path) -> None:
     assert "is not an sdopt bundle" in refuse(tmp_path / "none", tmp_path / "pictures" / "x.png").message
     assert list((tmp_path / "pictures").iterdir()) == []
+
+
+def test_a_part_of_a_bundle_hints_the_folder_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "b"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "bundle.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for typed, above in (("b/unet", "b"), (str(folder / "unet"), str(folder))):
+        error = refuse(Path(typed), tmp_path / "pictures")
+        assert error.message == f"{typed} is a part of a bundle, and not all of it"
+        assert error.hint == f"give the folder above, {above}"
+
+
+def test_nothing_to_draw_hints_the_folder_that_was_typed() -> None:
+    result = CliRunner().invoke(generate, ["my bundle"])
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.hint == "give a prompt, as in: sdopt generate 'my bundle' \"a large red circle\""
 
 
 def test_a_bundle_where_the_system_lets_nothing_be_made(tmp_path: Path) -> None:
