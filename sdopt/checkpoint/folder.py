@@ -89,7 +89,7 @@ def _find_unet(folder: Path, *, ema: bool) -> Path:
 def _read_index(folder: Path, *, needs_vae: bool) -> dict[str, Any]:
     if (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(
-            f"{folder} is a bundle that sdopt built, no checkpoint",
+            f"{folder} is a bundle that sdopt built, and not a checkpoint",
             hint="give the checkpoint that it was built from; sdopt inspect names it",
         )
     if not (folder / INDEX_NAME).is_file():

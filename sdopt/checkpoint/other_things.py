@@ -145,6 +145,8 @@ def _name_text(path: Path, start: bytes) -> tuple[str, str]:
     if text.startswith(("{", "[")):
         if path.name.endswith(".index.json") or path.name == "model_index.json":
             return "the index of a model, and not the model", f"give the folder that it lies in: {path.parent}"
+        if path.name == "bundle.json":
+            return "the manifest of a bundle, and not a model", f"give the folder that it lies in: {path.parent}"
         if '"nodes"' in text or '"class_type"' in text:
             return "a workflow of ComfyUI", "give the checkpoint that it loads"
         return (

@@ -51,7 +51,7 @@ _INERT_CLASSES = (
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
     "pathlib.PurePath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta",
-    "datetime.timezone", "uuid.UUID", "uuid.SafeUUID", "decimal.Decimal", "fractions.Fraction",
+    "datetime.timezone", "uuid.UUID", "uuid.SafeUUID", "typing.Any", "decimal.Decimal", "fractions.Fraction",
     *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "int", "float", "str", "complex", "slice",
                                       "range", "bytearray")),
 )  # fmt: skip
@@ -154,7 +154,9 @@ def _load(torch: Any, source: Path, shown: str) -> Any:
             hint="look for the same model as .safetensors; do not load this file with other programs",
         ) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise CheckpointError(f"{shown} is truncated or no checkpoint: {_first_reason(error)}", hint=_AGAIN) from error
+        raise CheckpointError(
+            f"{shown} is truncated or not a checkpoint: {_first_reason(error)}", hint=_AGAIN
+        ) from error
 
 
 def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[Any, str]]:

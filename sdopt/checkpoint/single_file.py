@@ -113,7 +113,7 @@ def _select_unet(tensors: Tensors, where: str, *, ema: bool) -> dict[str, Tensor
         return _take_ema(unet, tensors, where) if ema else unet
     kind = name_kind(tensors)
     if kind:
-        raise CheckpointError(f"{where} is {kind}, no Stable Diffusion checkpoint", hint=advise(kind))
+        raise CheckpointError(f"{where} is {kind}, and not a Stable Diffusion checkpoint", hint=advise(kind))
     some = ", ".join(sorted(tensors)[:3])
     raise CheckpointError(
         f"{where} has no UNet of Stable Diffusion: no {_UNET}input_blocks.0.0.weight (it has {some} …)",
@@ -200,7 +200,7 @@ def open_vae(vae: str, family: Family, *, offline: bool = False) -> Components:
     if not {"decoder.conv_in.weight", "encoder.conv_in.weight"} <= inside.keys():
         kind = name_kind(tensors)
         raise CheckpointError(
-            f"{vae} is {kind or 'no file with a VAE'}, no VAE with encoder and decoder",
+            f"{vae} is {kind or 'a file without a VAE'}, and not a VAE with encoder and decoder",
             hint=_VAE_HINT,
         )
     return _read_vae(inside, family, vae)

@@ -19,7 +19,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"clip_txt_pooled_mapper|effnet_mapper", "a Stable Cascade model"),
     (r"(^|\.)noise_augmentor|^embedder\.model\.visual", "an unCLIP model"),
     (r"(^|\.)blocks\.\d+\.(cross_attn|attn1|adaLN)|adaln_single|cap_embedder", "a diffusion transformer"),
-    (r"^(adapter\.)?(body\.\d+\.(resnets|block1|in_conv)|conv_in\.weight$|total_downscale)", "a T2I-Adapter"),
+    (r"^(adapter\.)?(body\.\d+\.(resnets|block1|in_conv)|total_downscale)", "a T2I-Adapter"),
     (r"^(taesd_|(encoder|decoder)\.layers\.\d+\.(conv|weight|bias))", "a TAESD, which only previews"),
     (r"^(320|640|768|1024|1280)\.\d+\.linear", "a hypernetwork"),
     (r"(^|\.)(vision_model\.|visual\.(conv1|transformer))", "CLIP's picture encoder"),
@@ -47,7 +47,7 @@ def advise(kind: str) -> str:
     if kind == "a VAE alone":
         return "give the model as SOURCE, and this file with --vae"
     if "adapter" in kind.lower() or "ControlNet" in kind or "embedding" in kind:
-        return "it changes a model and is none: give the model itself as SOURCE"
+        return "it changes a model and is not one: give the model itself as SOURCE"
     if kind.startswith("a UNet alone") or kind == _TEXT:
         return "give the whole model: a diffusers folder, or a file with UNet, VAE and text encoder"
     return "sdopt reads SD 1.x, SD 2.x, SDXL and the SDXL refiner"

@@ -313,7 +313,7 @@ def test_another_vae(tmp_path: Path) -> None:
         assert ComponentName.VAE_ENCODER in open_checkpoint(str(bare), Choice(vae=str(vae))).components
     with pytest.raises(CheckpointError, match="no VAE at"):
         open_checkpoint(str(file), Choice(vae=str(tmp_path / "nowhere")))
-    with pytest.raises(CheckpointError, match="no VAE with encoder and decoder"):
+    with pytest.raises(CheckpointError, match="not a VAE with encoder and decoder"):
         open_checkpoint(str(folder), Choice(vae=str(bare)))
 
 

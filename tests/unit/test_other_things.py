@@ -24,6 +24,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "a page after blanks": ("m.ckpt", b"\n\n <html lang=en>", "web page", "log in"),
     "an error in JSON": ("m.safetensors", b'{"error": "gated"}', "JSON text", "download"),
     "a workflow": ("m.json", b'{"nodes": [], "links": []}', "workflow of ComfyUI", "checkpoint"),
+    "a manifest": ("bundle.json", b'{"nodes": 3}', "manifest of a bundle", "folder"),
     "a shard index": ("model.safetensors.index.json", b'{"weight_map": {}}', "index of a model", "folder"),
     "a plain text": ("m.safetensors", b"Access denied\n", "a text", "diffusers folder"),
     "a config": ("v1-inference.yaml", b"model:\n  target: x\n", "a config", "safetensors"),
@@ -87,6 +88,12 @@ TENSORS = {
 def test_a_file_of_tensors_is_named_by_them(tmp_path: Path, what: str, name: str) -> None:
     save_file({name: torch.zeros(1)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=what.partition(" of ")[0].replace("OpenCLIP", "CLIP")):
+        open_checkpoint(str(tmp_path / "m.safetensors"))
+
+
+def test_a_unet_alone_is_named_though_its_conv_in_is_called_as_an_adapters(tmp_path: Path) -> None:
+    save_file(make_model(small_recipe(Family.SD1)).unet, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="a UNet alone"):
         open_checkpoint(str(tmp_path / "m.safetensors"))
 
 
