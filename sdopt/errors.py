@@ -43,6 +43,11 @@ class SdoptError(Exception):
         return (_rebuild, (type(self), self.message, self.hint))
 
 
+def text_with_trace(error: SdoptError) -> str:
+    """The message, and behind it the stack trace of the child that did not expect it, where there is one."""
+    return "\n".join([error.message, *getattr(error, "__notes__", ())])
+
+
 def _rebuild(kind: type[SdoptError], message: str, hint: str) -> SdoptError:
     return kind(message, hint=hint)
 

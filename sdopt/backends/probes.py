@@ -13,7 +13,7 @@ from typing import Any, assert_never
 
 from sdopt.backends.protocol import Probe
 from sdopt.backends.tensorrt.loading import load_library
-from sdopt.errors import MissingDependency, SdoptError
+from sdopt.errors import MissingDependency, SdoptError, text_with_trace
 from sdopt.machine.library_pairs import explain_failure
 from sdopt.model.backend_settings import (
     BackendSettings,
@@ -82,8 +82,9 @@ def probe_in_child(job: ProbeJob) -> Probe:
 
 def _describe_broken(settings: BackendSettings, error: SdoptError) -> Probe:
     """What a library that cannot be imported says last, and the pair of packages behind it, if one is known."""
-    cause = explain_failure(error.message)
-    lines = [line.strip() for line in error.message.splitlines() if line.strip()]
+    text = text_with_trace(error)
+    cause = explain_failure(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     ended = "ended with" in lines[0]
     what = f"its process {lines[0].partition(' ended ')[2]}" if ended else lines[-1]
     return Probe(

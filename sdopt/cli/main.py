@@ -7,16 +7,17 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from typing import Any
 
 import rich_click as click
 
 from sdopt._version import __version__
 from sdopt.cli.text import neutralise
-from sdopt.errors import SdoptError
+from sdopt.errors import SdoptError, text_with_trace
 
 _INTERRUPTED = 130
-# Set, an unexpected error keeps its stack trace.
+# Set, an error keeps its stack trace, a child's as well.
 _TRACE = "SDOPT_TRACE"
 
 _COMMANDS = {
@@ -62,7 +63,9 @@ def main() -> None:
     try:
         code: Any = cli.main(standalone_mode=False)
     except SdoptError as error:
-        _report(type(error).__name__, *(_explain_libraries(error.message) or (error.message, error.hint)))
+        if os.environ.get(_TRACE):
+            print(neutralise(traceback.format_exc()), file=sys.stderr)
+        _report(type(error).__name__, *(_explain_libraries(text_with_trace(error)) or (error.message, error.hint)))
         sys.exit(error.exit_code)
     except click.ClickException as error:
         if "--json" in sys.argv:

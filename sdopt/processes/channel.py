@@ -1,7 +1,7 @@
 """What parent and child say to each other: one JSON table on stdin, JSON lines on stdout, never a pickle.
 
-Lines are `{"progress": [text, share]}`, then `{"value": …, "peak_rss_bytes": …}` or `{"error": …, "message": …,
-"hint": …}` with the name of a class of `sdopt.errors` or nothing.
+Lines are `{"progress": [text, share]}`, then `{"value": …, "peak_rss_bytes": …}`, or `{"error": …, "message": …,
+"hint": …}` with the name of a class of `sdopt.errors`, or `{"error": …, "message": …, "trace": …}` of any other class.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sdopt.errors
 from sdopt.errors import MissingHardware, SdoptError
 
 _STDERR_SHOWN_CHARS = 4000
-_KINDS = ({"progress"}, {"value", "peak_rss_bytes"}, {"error", "message", "hint"})
+_KINDS = ({"progress"}, {"value", "peak_rss_bytes"}, {"error", "message", "hint"}, {"error", "message", "trace"})
 
 JsonTable = dict[str, Any]
 
@@ -36,7 +36,18 @@ def read_message(line: str, name: str) -> JsonTable:
 
 
 def rebuild_error(name: str, message: JsonTable) -> SdoptError:
-    """The child's error by the name of its class; any other name becomes an `SdoptError` that names the function."""
+    """The child's error by the name of its class; any other name becomes an `SdoptError` that names the function.
+
+    What the child did not expect is one sentence, and its stack trace a note of the exception.
+    """
+    if "trace" in message:
+        said = " ".join(f"{message['error']}: {message['message']}".split()).removesuffix(":")
+        error = SdoptError(
+            f"sdopt did not expect this in {name}: {said}",
+            hint="please report it, with what the same command shows after SDOPT_TRACE=1",
+        )
+        error.add_note(message["trace"])
+        return error
     kind = getattr(sdopt.errors, message["error"], None)
     if isinstance(kind, type) and issubclass(kind, SdoptError):
         return kind(message["message"], hint=message["hint"])

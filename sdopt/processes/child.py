@@ -71,7 +71,7 @@ def answer(target: str, arguments: object, channel: IO[str]) -> JsonTable:
                 "message": f"{target} ran out of memory",
                 "hint": "close other programs, or choose a smaller --size or --batch",
             }
-        return {"error": "", "message": traceback.format_exc(), "hint": ""}
+        return {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
     return {"value": value, "peak_rss_bytes": peak_rss_bytes()}
 
 

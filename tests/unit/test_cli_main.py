@@ -18,6 +18,7 @@ from sdopt._version import __version__
 from sdopt.cli import main as main_module
 from sdopt.cli.text import neutralise
 from sdopt.errors import SdoptError
+from sdopt.processes.channel import rebuild_error
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -77,6 +78,20 @@ def test_with_json_the_error_is_on_stdout_too(kind: str, run: Run, failing: Call
     assert code == EXIT_CODES[kind]
     assert json.loads(out) == {"error": {"kind": kind, "message": "it broke", "hint": "mend it"}}
     assert "it broke" in err
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_stack_trace_of_a_child_is_shown_only_where_it_is_asked_for(
+    run: Run, failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch, traced: bool
+) -> None:
+    monkeypatch.setenv("SDOPT_TRACE", "1" if traced else "")
+    trace = "Traceback (most recent call last):\n  in the child"
+    failing(rebuild_error("room:draw", {"error": "ValueError", "message": "two\nlines", "trace": trace}))
+    code, _, err = run("doctor")
+    assert code == 1
+    assert "error: sdopt did not expect this in room:draw: ValueError: two lines\n" in err
+    assert "SDOPT_TRACE=1" in err
+    assert ("in the child" in err) == traced
 
 
 def test_an_interruption_is_130_and_says_how_to_go_on(run: Run, failing: Callable[[BaseException], None]) -> None:
