@@ -15,6 +15,9 @@ from sdopt.checkpoint.other_things import name_exported, name_folder
 from sdopt.checkpoint.prediction_signs import Sign, settle_prediction
 from sdopt.checkpoint.scheduler_class import require_known_scheduler
 from sdopt.checkpoint.scheduler_config import with_prediction
+from sdopt.checkpoint.scheduler_values import require_usable_scheduler
+from sdopt.checkpoint.tokenizer_files import require_tokenizer
+from sdopt.checkpoint.vae_values import require_latent_scale
 from sdopt.checkpoint.weight_files import INDEX_NAME, open_component_weights, read_json
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
@@ -64,6 +67,7 @@ def open_folder(folder: Path, source: SourceRecord, choice: Choice) -> Checkpoin
     prediction = _find_prediction(scheduler, unet_config, folder, choice.prediction)
     if scheduler.get("prediction_type", Prediction.EPSILON) != prediction:
         scheduler = with_prediction(scheduler, prediction)
+    require_usable_scheduler(scheduler, str(folder))
     return Checkpoint(
         source=source.model_copy(update={"licence": source.licence or read_licence(folder)}),
         family=family,
@@ -224,6 +228,7 @@ def read_tasks(components: Mapping[ComponentName, ComponentSource], family: Fami
 def open_vae_folder(folder: Path) -> dict[ComponentName, ComponentSource]:
     """The two halves of the VAE in a diffusers folder."""
     config = _read_config(folder.parent, folder.name, "AutoencoderKL")
+    require_latent_scale(config, str(folder))
     return split_vae(config, open_component_weights(folder), where=str(folder))
 
 
@@ -260,13 +265,7 @@ def _find_tokenizers(folder: Path, text: Mapping[ComponentName, ComponentSource]
     for name in text:
         part = name.replace("text_encoder", "tokenizer")
         path = folder / part
-        if not (
-            (path / "tokenizer.json").is_file() or ((path / "vocab.json").is_file() and (path / "merges.txt").is_file())
-        ):
-            raise CheckpointError(
-                f"{folder} lacks {part}/vocab.json and {part}/merges.txt",
-                hint=_AGAIN,
-            )
+        require_tokenizer(path)
         tokenizers[part] = path
     return tokenizers
 

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig
 
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config
-from sdopt.networks.modules import build_network, tensor_names
+from sdopt.networks.modules import CONFIG_HINT, build_network, tensor_names
 
 # What transformers adds to a CLIP config and what changes neither names, nor shapes, nor numbers.
 _CLIP_KEYS = (
@@ -38,7 +38,9 @@ def _complete_clip(config: Config) -> dict[str, Any]:
     try:
         values = CLIPTextConfig.from_dict(dict(config)).to_dict()
     except Exception as error:  # transformers validates with classes of its own
-        raise CheckpointError(f"the config of a text encoder cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the config of a text encoder cannot be read: {' '.join(str(error).split())}", hint=CONFIG_HINT
+        ) from error
     return {key: values[key] for key in _CLIP_KEYS}
 
 

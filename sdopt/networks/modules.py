@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config, has_projection
 
+CONFIG_HINT = "download it again: its config.json holds values that no model of its kind has"
+
 
 class TextEncoderNetwork(nn.Module):
     """CLIP's text model. `input_ids` int64 [batch, tokens] -> last state, pooled, then every state before the last."""
@@ -107,8 +109,9 @@ def build_network(name: ComponentName, config: Config) -> nn.Module:
     }
     try:
         module: nn.Module = builders[name](config)
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"the config of {name} cannot be built: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"the config of {name} cannot be built: {said}", hint=CONFIG_HINT) from error
     return module.eval()
 
 

@@ -198,6 +198,10 @@ def change_config(part: str, **values: object) -> Callable[[Path], None]:
     return change
 
 
+def write(part: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / part).write_text(text)
+
+
 def break_json(folder: Path) -> None:
     (folder / "unet" / "config.json").write_text("{")
 
@@ -217,6 +221,12 @@ def truncate_weights(folder: Path) -> None:
         (break_json, r"config\.json is not JSON"),
         (truncate_weights, "truncated"),
         (change_config("unet/config.json", block_out_channels=[32]), "cannot be built"),
+        (change_config("unet/config.json", block_out_channels=None), "cannot be built: TypeError"),
+        (change_config("text_encoder/config.json", hidden_size="x"), "cannot be read: .*hidden_size.*expected int"),
+        (change_config("vae/config.json", scaling_factor="x"), "scaling_factor='x', which should be a finite number"),
+        (change_config("vae/config.json", scaling_factor=0), "scaling_factor=0, which"),
+        (change_config("vae/config.json", scaling_factor=None), "scaling_factor=None, which"),
+        (change_config("vae/config.json", shift_factor=float("inf")), "shift_factor=inf, which"),
         (change_config("unet/config.json", _class_name="UNet3DConditionModel"), "UNet3DConditionModel"),
         (change_config("unet/config.json", class_embed_type="projection"), "class_embed_type='projection'"),
         (change_config("vae/config.json", _class_name="AutoencoderTiny"), "AutoencoderTiny"),
@@ -229,12 +239,20 @@ def truncate_weights(folder: Path) -> None:
         (change_config("unet/config.json", attention_type="gated"), "GLIGEN"),
         (lambda folder: shutil.rmtree(folder / "text_encoder"), "has no text encoder"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "lacks tokenizer/vocab.json"),
+        (write("tokenizer/vocab.json", "oops"), r"vocab\.json is not JSON"),
+        (write("tokenizer/vocab.json", '{"a": "b"}'), "is not a vocabulary"),
+        (write("tokenizer/merges.txt", "#version: 0.2\na b\n<html lang=en dir=ltr>"), "is not a list of merges"),
+        (write("tokenizer/tokenizer.json", "{}"), "is not a tokenizer"),
+        (write("tokenizer/tokenizer_config.json", "[]"), "is not a table"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), r"lacks unet/config\.json"),
         (lambda folder: (folder / SCHEDULER).unlink(), r"scheduler_config\.json is missing"),
         (change_config(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"), "set up for flow matching"),
         (change_config(SCHEDULER, use_flow_sigmas=True), "EulerDiscreteScheduler is set up for flow matching"),
         (change_config(SCHEDULER, _class_name="MyScheduler"), "'MyScheduler', which is not a scheduler that sdopt"),
         (change_config(SCHEDULER, _class_name="VQDiffusionScheduler"), "'VQDiffusionScheduler', which is not a sched"),
+        (change_config(SCHEDULER, beta_schedule="wiggly"), "cannot be built from scheduler/.*wiggly"),
+        (change_config(SCHEDULER, num_train_timesteps="many"), "cannot be built from scheduler/.*TypeError"),
+        (change_config(SCHEDULER, timestep_spacing="even"), "cannot be built from scheduler/.*even is not supported"),
         (change_config(SCHEDULER, _class_name=None), "the scheduler has no _class_name"),
         (lambda folder: (folder / INDEX).unlink(), r"not a diffusers model: it has no model_index\.json"),
         (lambda folder: (folder / "bundle.json").touch(), "is a bundle that sdopt built"),
@@ -245,6 +263,7 @@ def test_a_damaged_folder_is_named(folder: Path, harm: Callable[[Path], object],
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(str(folder))
     assert caught.value.exit_code == 1
+    assert "\n" not in caught.value.message
     assert str(folder.name) in str(caught.value)
 
 
