@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
 import tempfile
+import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,12 +54,20 @@ _INERT_CLASSES = (
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
     "pathlib.PurePath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta",
-    "datetime.timezone", "uuid.UUID", "uuid.SafeUUID", "typing.Any", "decimal.Decimal", "fractions.Fraction",
+    "datetime.timezone", "collections.UserDict", "collections.ChainMap",
+    "uuid.UUID", "uuid.SafeUUID", "typing.Any", "decimal.Decimal", "fractions.Fraction",
     *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "int", "float", "str", "complex", "slice",
                                       "range", "bytearray")),
 )  # fmt: skip
 # torch fills nothing but a plain dict: what would be one with a default becomes that.
 _INERT_DICTS = ("collections.defaultdict",)
+_PYTHON_2 = {
+    "__builtin__.xrange": "builtins.range", "__builtin__.": "builtins.", "UserDict.IterableUserDict": "collections.UserDict",
+}  # fmt: skip
+_INERT_LISTS = ("collections.deque",)
+# Packages whose names stand in files that torch wrote; one of any other is more than tensors.
+_TORCHS_MODULES = ("torch.", "collections.", "_codecs.", "copyreg.")
+_NEWEST_PROTOCOL = 2
 _MOST_PICKLES = 5
 _AGAIN = "download it again"
 _REFUSED_BY_TORCH = (
@@ -149,6 +160,8 @@ def _load(torch: Any, source: Path, shown: str) -> Any:
     except pickle.UnpicklingError as error:
         if not any(sign in str(error) for sign in _REFUSED_BY_TORCH):
             raise CheckpointError(f"{shown} is damaged: {_first_reason(error)}", hint=_AGAIN) from error
+        if "Unsupported operand" in str(error):
+            _explain_operand(source, shown)
         raise UnsafeInputError(
             f"{shown} wants more than tensors: {_first_reason(error)}; nothing of it was run",
             hint="look for the same model as .safetensors; do not load this file with other programs",
@@ -174,32 +187,87 @@ def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[Any, str]]:
     def plain_dict(*_: object) -> dict[Any, Any]:
         return {}
 
+    def plain_list(*_: object) -> list[Any]:
+        return []
+
     try:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     except Exception:  # it reads only sound zip archives
-        names = _list_legacy_globals(source)
-    # Python 2's name of the module, which the protocol of torch's files keeps.
-    names = {
-        name.replace("__builtin__.xrange", "builtins.range").replace("__builtin__.", "builtins.") for name in names
-    }
+        names = _survey_pickles(source).names
+    # Python 2's names, which the protocol of torch's files keeps.
+    for old, new in _PYTHON_2.items():
+        names = {name.replace(old, new) for name in names}
     inert = [(Inert, name) for name in names if name.startswith(_INERT_MODULES) or name in _INERT_CLASSES]
-    return [*inert, *((plain_dict, name) for name in names if name in _INERT_DICTS)]
+    dicts = [(plain_dict, name) for name in names if name in _INERT_DICTS]
+    return [*inert, *dicts, *((plain_list, name) for name in names if name in _INERT_LISTS)]
 
 
-def _list_legacy_globals(source: Path) -> set[str]:
-    """The classes and functions that a file of before torch 1.6 names: a few pickles, one behind the other.
+@dataclass
+class _Survey:
+    """What is in the pickles of a file: their protocol, None where there are none, and what they name."""
+
+    protocol: int | None = None
+    names: set[str] = field(default_factory=set)
+
+
+def _survey_pickles(source: Path) -> _Survey:
+    """The classes and functions that a file names: one pickle in an archive, a few behind each other in a file of
+    before torch 1.6.
 
     Nothing is unpickled. What cannot be read is left to the loader, which says what is wrong.
     """
+    survey = _Survey()
+    with contextlib.suppress(Exception), _open_pickles(source) as file:
+        for _ in range(_MOST_PICKLES):
+            _survey_pickle(file, survey)
+    return survey
+
+
+def _open_pickles(source: Path) -> IO[bytes]:
+    if not _is_zip(source):
+        return source.open("rb")
+    with zipfile.ZipFile(source) as archive:
+        name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        return io.BytesIO(archive.read(name))
+
+
+def _survey_pickle(file: IO[bytes], survey: _Survey) -> None:
+    """Since protocol 4 a global's module and name are the two strings before it, which may be repeated ones."""
     import pickletools
 
-    names: set[str] = set()
-    with source.open("rb") as file, contextlib.suppress(Exception):
-        for _ in range(_MOST_PICKLES):
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    names.add(str(argument).replace(" ", "."))
-    return names
+    strings: list[Any] = ["", ""]
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO":
+                survey.protocol = max(argument, survey.protocol or 0)
+            case "GLOBAL":
+                survey.names.add(str(argument).replace(" ", "."))
+            case "STACK_GLOBAL":
+                survey.names.add(f"{strings[-2]}.{strings[-1]}")
+            case "MEMOIZE":
+                memo[len(memo)] = strings[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = strings[-1]
+            case "BINGET" | "LONG_BINGET":
+                strings.append(memo.get(argument))
+            case name if "UNICODE" in name:
+                strings.append(argument)
+
+
+def _explain_operand(source: Path, shown: str) -> None:
+    """Raise `CheckpointError` where torch refuses an operand of a pickle that asks for nothing but tensors."""
+    survey = _survey_pickles(source)
+    known = (*_TORCHS_MODULES, *_INERT_MODULES, *_INERT_CLASSES)
+    if any(not name.startswith(known) for name in survey.names):
+        return
+    if survey.protocol is None:
+        raise CheckpointError(f"{shown} is not a pickle that torch wrote", hint=_AGAIN)
+    if survey.protocol > _NEWEST_PROTOCOL:
+        raise CheckpointError(
+            f"{shown}: its pickle has protocol {survey.protocol}, which is not read",
+            hint="save it again with torch.save(..., pickle_protocol=2), if you trust where it comes from",
+        )
 
 
 def _is_zip(source: Path) -> bool:

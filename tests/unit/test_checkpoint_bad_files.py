@@ -13,7 +13,7 @@ import subprocess
 import sys
 import types
 import uuid
-from collections import Counter, OrderedDict, defaultdict
+from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, deque
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -71,12 +71,15 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
         "is there twice": (twice, b"\0\0"),
         "overlaps": (overlap, bytes(6)),
         "truncated": (json.dumps({"a": entry(0, 8, [4])}), bytes(4)),
+        "has the shape": (json.dumps({"a": entry(0, 2, [-1])}), b"\0\0"),
         "unnamed bytes": (json.dumps({"a": entry(0, 2, [1])}), bytes(8)),
         "should have": (json.dumps({"a": entry(0, 8, [1])}), bytes(8)),
     }
     for message, (header, data) in cases.items():
-        with pytest.raises(SdoptError, match=message):
+        with pytest.raises(SdoptError, match=message) as caught:
             open_checkpoint(str(write_raw(path, header, data)))
+        damaged = message in ("truncated", "has the shape", "unnamed bytes")
+        assert caught.value.exit_code == (1 if damaged else 4)
     for raw in (b"", b"abc", b"\xff" * 64, b"<html>not found</html>"):
         path.write_bytes(raw)
         with pytest.raises(CheckpointError):
@@ -208,7 +211,8 @@ HARMLESS = {
     "decimal": Decimal("1.5"), "fraction": Fraction(1, 3), "sets": {1, 2}, "frozen": frozenset({3}),
     "complex": 1 + 2j, "slice": slice(1, 2), "range": range(3),
     "numpy": np.float64(0.5), "array": np.arange(3), "size": torch.Size([1, 2]), "dtype": torch.float16,
-    "device": torch.device("cpu"), "typing": Any,
+    "device": torch.device("cpu"), "typing": Any, "deque": deque([1, 2], maxlen=3), "user's dict": UserDict(a=1),
+    "chain": ChainMap({"a": 1}),
 }  # fmt: skip
 
 
@@ -222,6 +226,30 @@ def test_harmless_objects_beside_the_tensors_are_inert(tmp_path: Path, how: str)
     found = read_header(convert_pickle(path)).tensors
     assert found.keys() == tensors.keys()
     assert all(torch.equal(read_tensor(found[key]), tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("how", ["archive", "legacy", "bare"])
+def test_a_newer_protocol_is_said_to_be_one_and_is_still_searched_for_calls(tmp_path: Path, how: str) -> None:
+    def save(value: object) -> Path:
+        path = tmp_path / "x.ckpt"
+        if how == "bare":
+            path.write_bytes(pickle.dumps(value, protocol=4))
+        else:
+            torch.save(value, path, pickle_protocol=4, _use_new_zipfile_serialization=how == "archive")
+        return path
+
+    plain = {"a": torch.zeros(2), "counts": Counter("ab"), "path": PurePosixPath("/x")}
+    with pytest.raises(CheckpointError, match="has protocol 4, which is not read") as caught:
+        convert_pickle(save({"a": 1} if how == "bare" else plain))
+    assert "pickle_protocol=2" in caught.value.hint
+    with pytest.raises(UnsafeInputError, match="nothing of it was run"):
+        convert_pickle(save({**plain, "x": Evil("true")}))
+
+
+def test_bytes_that_are_no_pickle_are_not_called_unsafe(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"\x00\x01" * 40)
+    with pytest.raises(CheckpointError, match="is not a pickle that torch wrote"):
+        convert_pickle(tmp_path / "x.bin")
 
 
 class Call:
