@@ -55,17 +55,19 @@ _ARCHITECTURES = {
     "CLIPTextModel": "a text encoder alone",
     "CLIPTextModelWithProjection": "a text encoder alone",
 }
-_URL = re.compile(r"^(https?|ftp|s3|hf)://", re.IGNORECASE)
+_URL = re.compile(r"^((https?|ftp|s3|hf|file)://|(www\.)?(huggingface\.co|hf\.co)/|git@)", re.IGNORECASE)
 _HUB_PAGE = re.compile(
-    r"^https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)"
+    r"^(?:https?://|git@)?(?:www\.)?(?:huggingface\.co|hf\.co)[/:](?P<id>[^/?#]+/[^/?#]+?)(?:\.git)?(?=[/?#]|$)"
     r"(?P<file>/(?:blob|resolve)/[^?#]+)?(?P<rest>.*)$"
 )
 
 
 def refuse_url(source: str) -> None:
     """Raise `CheckpointError` for an address in a browser, which is not a source."""
-    if not _URL.match(source):
+    if not _URL.match(source) or Path(source).exists():
         return
+    if source.lower().startswith("file://"):
+        raise CheckpointError(f"{source} is an address, and sdopt takes paths", hint=f"give the path: {source[7:]}")
     page = _HUB_PAGE.match(source)
     name = page["id"] if page and not page["file"] else ""
     hint = f"give its id instead: {name}" if name else "download the file, and give its path"
@@ -164,6 +166,12 @@ def name_folder(folder: Path) -> tuple[str, str] | None:
         found = sorted(path.parent for path in (folder / "snapshots").glob("*/model_index.json"))
         hint = f"give its snapshot: {found[-1]}" if found else "download the model: it has no whole snapshot"
         return "the cache of a Hugging Face model, and not the model", hint
+    if models := sorted(path.name for path in folder.glob("models--*") if path.is_dir()):
+        ids = ", ".join(name.removeprefix("models--").replace("--", "/") for name in models[:3])
+        return "the cache of Hugging Face, and not a model", f"give the id of a model in it: {ids}"
+    for name, what in (("scheduler_config.json", "a scheduler alone"), ("tokenizer_config.json", "a tokenizer alone")):
+        if (folder / name).is_file() and not (folder / "config.json").is_file():
+            return what, f"give the folder above, {folder.absolute().parent}"
     if (folder / "adapter_config.json").is_file() or list(folder.glob("*lora_weights*")):
         return "a LoRA adapter", "it changes a model and is not one: give the model itself as SOURCE"
     if (config := _read_small_json(folder / "config.json")) is not None:

@@ -114,9 +114,9 @@ def _select_unet(tensors: Tensors, where: str, *, ema: bool) -> dict[str, Tensor
     kind = name_kind(tensors)
     if kind:
         raise CheckpointError(f"{where} is {kind}, and not a Stable Diffusion checkpoint", hint=advise(kind))
-    some = ", ".join(sorted(tensors)[:3])
+    some = f" (it has {', '.join(sorted(tensors)[:3])} …)" if tensors else ": it has no tensors"
     raise CheckpointError(
-        f"{where} has no UNet of Stable Diffusion: no {_UNET}input_blocks.0.0.weight (it has {some} …)",
+        f"{where} has no UNet of Stable Diffusion: no {_UNET}input_blocks.0.0.weight{some}",
         hint=advise(""),
     )
 
@@ -190,6 +190,8 @@ def open_vae(vae: str, family: Family, *, offline: bool = False) -> Components:
     path = path.resolve()
     if path.is_dir():
         inner = path / "vae"
+        if (path / "model_index.json").is_file() and not inner.is_dir():
+            raise CheckpointError(f"{vae} is a model without vae/, and not a VAE", hint=_VAE_HINT)
         return open_vae_folder(inner if not (path / "config.json").is_file() and inner.is_dir() else path)
     if not path.is_file():
         raise CheckpointError(f"there is no VAE at {vae}", hint=_VAE_HINT)

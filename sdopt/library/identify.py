@@ -14,7 +14,7 @@ from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.plan_header import read_plan_header
 from sdopt.checkpoint.source import open_checkpoint
 from sdopt.disk.files import hash_file
-from sdopt.errors import UsageError
+from sdopt.errors import CheckpointError, UsageError
 from sdopt.graph.external_data import check_graph_file
 from sdopt.library.adapter_fit import describe_fit
 from sdopt.model.component import ComponentName, native_size_px
@@ -27,6 +27,8 @@ def inspect_source(source: str, *, bundle: str | None = None) -> dict[str, Any]:
     is under `bundle_kind`. With a `bundle`, an adapter's table says under `fit` whether that takes it. Raises
     `CheckpointError` for other things, and `UsageError` where a bundle is given for something that is not an adapter.
     """
+    if not source:
+        raise CheckpointError("SOURCE is empty", hint="give a file, a folder or a Hugging Face id")
     path = Path(source).expanduser()
     if is_adapter(path):
         return _inspect_adapter(path, bundle)
