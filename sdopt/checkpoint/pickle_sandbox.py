@@ -62,7 +62,8 @@ _INERT_CLASSES = (
 # torch fills nothing but a plain dict: what would be one with a default becomes that.
 _INERT_DICTS = ("collections.defaultdict",)
 _PYTHON_2 = {
-    "__builtin__.xrange": "builtins.range", "__builtin__.": "builtins.", "UserDict.IterableUserDict": "collections.UserDict",
+    "__builtin__.xrange": "builtins.range", "__builtin__.": "builtins.",
+    "UserDict.IterableUserDict": "collections.UserDict",
 }  # fmt: skip
 _INERT_LISTS = ("collections.deque",)
 # Packages whose names stand in files that torch wrote; one of any other is more than tensors.
@@ -240,7 +241,7 @@ def _survey_pickle(file: IO[bytes], survey: _Survey) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         match opcode.name:
             case "PROTO":
-                survey.protocol = max(argument, survey.protocol or 0)
+                survey.protocol = max(int(str(argument)), survey.protocol or 0)
             case "GLOBAL":
                 survey.names.add(str(argument).replace(" ", "."))
             case "STACK_GLOBAL":
