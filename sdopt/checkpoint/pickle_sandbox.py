@@ -26,6 +26,7 @@ from sdopt.processes.call import How, call
 from sdopt.processes.channel import JsonTable
 from sdopt.weights.dtypes import DTYPES
 from sdopt.weights.safetensors_header import quantised_error, read_header
+from sdopt.weights.tensor_kinds import advise, name_kind
 from sdopt.weights.tensor_layout import plan_layout
 
 # Address space: the libraries of a CUDA build of torch, and room for the file as it is mapped and as it is
@@ -292,6 +293,10 @@ def _find_tensors(loaded: Any, torch: Any, shown: str) -> dict[str, Any]:
         for name, value in (table.items() if isinstance(table, dict) else ())
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
+    if not tensors and isinstance(table, dict):
+        names = [f"{key}.0.linear" if isinstance(key, int) else str(key) for key in table]  # a hypernetwork has numbers
+        if kind := name_kind(names):
+            raise CheckpointError(f"{shown} is {kind}, and not a Stable Diffusion checkpoint", hint=advise(kind))
     if not tensors:
         raise CheckpointError(f"{shown} holds no tensors by name", hint="sdopt reads checkpoints with a state_dict")
     return tensors

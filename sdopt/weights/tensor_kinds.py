@@ -14,7 +14,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"motion_modules\.|\.time_stack\.|\.temporal_transformer", "a video model or motion module"),
     (r"^(control_model\.|controlnet_|input_hint_block|.*controlnet_cond_embedding|lllite_)", "a ControlNet"),
     (r"ip_adapter|^image_proj", "an IP-Adapter"),
-    (r"^(string_to_param|emb_params|clip_[lg]$|\*$)", "a textual inversion embedding"),
+    (r"^(string_to_param|emb_params|clip_[lg]$|\*$|<[^>]+>$)", "a textual inversion embedding"),
     (r"joint_blocks\.\d+\.|add_q_proj", "a Stable Diffusion 3 or another multimodal transformer"),
     (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", "a Flux model or another one of its kind"),
     (r"clip_txt_pooled_mapper|effnet_mapper", "a Stable Cascade model"),

@@ -93,6 +93,20 @@ def test_a_file_of_tensors_is_named_by_them(tmp_path: Path, what: str, name: str
         open_checkpoint(str(tmp_path / "m.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("saved", "what"),
+    [
+        ({768: (torch.zeros(1),), "name": "x"}, "a hypernetwork"),
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1)}}, "a textual inversion embedding"),
+        ({"<cat>": torch.zeros(1)}, "a textual inversion embedding"),
+    ],
+)
+def test_a_pickle_of_other_things_is_named(tmp_path: Path, saved: dict[object, object], what: str) -> None:
+    torch.save(saved, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=what):
+        open_checkpoint(str(tmp_path / "m.pt"))
+
+
 def test_a_unet_alone_is_named_though_its_conv_in_is_called_as_an_adapters(tmp_path: Path) -> None:
     save_file(make_model(small_recipe(Family.SD1)).unet, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="a UNet alone"):
