@@ -23,6 +23,7 @@ from sdopt.checkpoint.weight_files import open_tensors_file
 from sdopt.errors import CheckpointError
 from sdopt.model.component import ComponentName, Config, vae_factor
 from sdopt.model.family import Family
+from sdopt.model.precision import DType
 from sdopt.weights.safetensors_header import TensorRef, quantised_error
 from sdopt.weights.tensor_kinds import advise, name_kind
 
@@ -113,7 +114,8 @@ def _select_unet(tensors: Tensors, where: str, *, ema: bool) -> dict[str, Tensor
         return _take_ema(unet, tensors, where) if ema else unet
     kind = name_kind(tensors)
     if kind:
-        raise CheckpointError(f"{where} is {kind}, and not a Stable Diffusion checkpoint", hint=advise(kind))
+        stored = " (in fp8)" if any(ref.dtype is DType.FP8 for ref in tensors.values()) else ""
+        raise CheckpointError(f"{where} is {kind}{stored}, and not a Stable Diffusion checkpoint", hint=advise(kind))
     some = f" (it has {', '.join(sorted(tensors)[:3])} …)" if tensors else ": it has no tensors"
     raise CheckpointError(
         f"{where} has no UNet of Stable Diffusion: no {_UNET}input_blocks.0.0.weight{some}",

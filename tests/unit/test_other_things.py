@@ -113,6 +113,12 @@ def test_a_unet_alone_is_named_though_its_conv_in_is_called_as_an_adapters(tmp_p
         open_checkpoint(str(tmp_path / "m.safetensors"))
 
 
+def test_a_unet_alone_in_fp8_is_said_to_be_so(tmp_path: Path) -> None:
+    save_file({"down_blocks.0.x.weight": torch.zeros(1).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"a UNet alone.* \(in fp8\)"):
+        open_checkpoint(str(tmp_path / "m.safetensors"))
+
+
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     return {name: t.contiguous() for name, t in to_original(make_model(small_recipe(Family.SD1))).items()}
