@@ -24,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 EXIT_CODES = {
     "SdoptError": 1, "CheckpointError": 1, "ArtifactError": 1, "CalibrationError": 1, "DrawingError": 1,
-    "ExportError": 1, "BackendError": 1,
+    "ExportError": 1, "BackendError": 1, "AdapterError": 1,
     "UsageError": 2, "RecipeError": 2, "ShapeError": 2,
     "GateError": 3, "ParityError": 3, "AuditError": 3, "FidelityError": 3,
     "UnsafeInputError": 4,

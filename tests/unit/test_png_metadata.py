@@ -355,7 +355,7 @@ def test_command_seeds_itself(folder: Path, tmp_path: Path) -> None:
         (("x", "-o", "{picture}"), "exists, and pictures are never overwritten"),
         (("a __big__ cat",), "has '__big__', which other programs read as a wildcard"),
         (("a (big:1.3.1) cat",), "the weight '1.3.1', which is not a number"),
-        (("x", "--negative", "<lora:x:1>"), "the LoRA 'x', and LoRAs in prompts are not drawn yet"),
+        (("x", "--negative", "<lora:x:1>"), "the negative prompt names a LoRA, which would act on the whole picture"),
         (("x", "--steps", "1001"), "--steps is 1001, and has to be a whole number from 1 to 1000"),
         (("x", "--scale", "nan"), "--scale is nan, and has to be a number from 0 to 100"),
         (("x", "-o", "{file}"), "a file is in its place"),

@@ -131,7 +131,7 @@ def test_what_is_cut_is_said_once_with_the_way_out(caplog: pytest.LogCaptureFixt
     # As diffusers does before it encodes: transformers' own warning is wrong here.
     assert tokenizer_of(EXCLAMATION, 1).tokenize(LONG)
     assert not caplog.records
-    pad(tokenizer_of(EXCLAMATION, 3), LONG * 2)
+    pad(tokenizer_of(EXCLAMATION, 8), LONG * 5)
     assert "--tokens" not in caplog.text
     caplog.clear()
     pad(tokenizer_of(EXCLAMATION, 1), "sea " * 80)
