@@ -74,7 +74,16 @@ def test_the_dry_run_is_the_list_of_stages_and_writes_nothing(tmp_path: Path) ->
     build = Build(plan, tmp_path / "out", Store(), tmp_path)
     assert steps == [step for stage in STAGES for step in stage.estimate(build)]
     names = [stage.name for stage in STAGES]
-    assert names == ["weights and graphs", "small files", "parity", "quantise", "LoRA slots", "plans", "fidelity", "card"]
+    assert names == [
+        "weights and graphs",
+        "small files",
+        "parity",
+        "quantise",
+        "LoRA slots",
+        "plans",
+        "fidelity",
+        "card",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
