@@ -180,6 +180,8 @@ class QuantizationRecord(Record):
 
     def describe(self) -> str:
         """One line: how much is quantised, and what it brings."""
+        from rich.filesize import decimal
+
         kept = sum(block.quantized for block in self.blocks)
         if self.error is None:
             return f"no block of {len(self.blocks)} pays in {self.settings.scheme}"
@@ -188,8 +190,8 @@ class QuantizationRecord(Record):
             speed = f"{self.speedup.value:.2f} times as fast ({self.speedup.low:.2f} to {self.speedup.high:.2f})"
         return (
             f"{kept} of {len(self.blocks)} blocks ({self.quantized_layers} layers) in {self.settings.scheme}: {speed}, "
-            f"error {self.error:.1%} (in 16 bits {self.base_error:.1%}), weights {self.weights_bytes / 1e6:,.0f} MB "
-            f"instead of {self.weights_bytes_16bit / 1e6:,.0f}"
+            f"error {self.error:.1%} (in 16 bits {self.base_error:.1%}), weights {decimal(self.weights_bytes)} instead "
+            f"of {decimal(self.weights_bytes_16bit)}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,21 @@ def print_page(console: Console, source: str, table: Mapping[str, Any]) -> None:
         "adapter": _show_adapter,
     }  # fmt: skip
     show[table["kind"]](console, source, table)
+
+
+def _list_adapters(adapters: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What is in the weights."""
+    for each in adapters:
+        weights = f"{each['unet']:g}" if each["unet"] == each["text"] else f"{each['unet']:g}, text {each['text']:g}"
+        yield "with", f"the LoRA {each['name']} ({weights})"
+
+
+def _describe_slots(components: Mapping[str, Any]) -> str:
+    slots = [part["slots"] for part in components.values() if part.get("slots")]
+    if not slots:
+        return "no: it was built without --lora-slots"
+    layers = sum(len(each["slots"]) for each in slots)
+    return f"up to rank {min(each['rank'] for each in slots)} together, in {layers} layers ({slots[0]['layers']})"
 
 
 def _show_checkpoint(console: Console, source: str, table: Mapping[str, Any]) -> None:
@@ -88,6 +103,8 @@ def _show_bundle(console: Console, source: str, table: Mapping[str, Any]) -> Non
         ("holds", kind.label),
         ("draws", ", ".join(Task(task).label for task in table["tasks"]) or "nothing by itself"),
         ("made from", f"{origin['location']}, {_SOURCES[origin['kind']]}"),
+        *_list_adapters(origin["adapters"]),
+        ("takes LoRAs", _describe_slots(table["components"])),
         ("licence", origin["licence"] or "not stated"),
         ("made", table["created_utc"]),
         ("size", describe_profiles(TypeAdapter(tuple[ShapeProfile, ...]).validate_python(table["profiles"]))),
