@@ -39,7 +39,7 @@ def require_place(output: Path) -> None:
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ArtifactError(f"{output} is not a folder", hint="choose another with -o")
-    if output.is_mount():
+    if os.path.ismount(os.path.abspath(output)):  # Path(".").is_mount() says that every folder is one
         raise ArtifactError(
             f"{output} is a mount point, which a finished folder cannot replace",
             hint=f"choose a folder inside: -o {shlex.quote(str(output / 'bundle'))}",

@@ -54,7 +54,7 @@ def read_header(path: Path) -> SafetensorsFile:
     """Read and check a header; the tensors' bytes are not touched.
 
     Raises `CheckpointError` for a file that is missing, truncated or no safetensors file, and `UnsafeInputError` for
-    one whose header contradicts itself: duplicate keys, malformed entries, ranges that overlap.
+    one whose header contradicts itself: duplicate keys, ranges that overlap, leave holes or pass the end.
     """
     try:
         size_bytes = path.stat().st_size
@@ -120,7 +120,7 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
             f"{path}: tensor {name!r} has the type {dtype}, which Stable Diffusion checkpoints do not use"
         )
     if not all(isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0 for axis in shape):
-        raise CheckpointError(f"{path}: tensor {name!r} has the shape {shape}", hint=_AGAIN)
+        raise UnsafeInputError(f"{path}: tensor {name!r} has the shape {shape}", hint=_AGAIN)
     ref = TensorRef(path, BY_SAFETENSORS[dtype], tuple(shape), start + begin)
     if begin < 0 or end - begin != ref.nbytes:
         raise UnsafeInputError(
@@ -135,7 +135,7 @@ def _check_ranges(path: Path, tensors: Mapping[str, TensorRef], start: int, size
         if ref.offset_bytes < position:
             raise UnsafeInputError(f"{path}: tensor {name!r} overlaps the one before it")
         if ref.offset_bytes > position:
-            raise CheckpointError(
+            raise UnsafeInputError(
                 f"{path}: {ref.offset_bytes - position} unnamed bytes lie before tensor {name!r}", hint=_AGAIN
             )
         position += ref.nbytes
@@ -144,4 +144,4 @@ def _check_ranges(path: Path, tensors: Mapping[str, TensorRef], start: int, size
             f"{path} is truncated: {position} bytes are named and {size_bytes} are there", hint=_AGAIN
         )
     if position < size_bytes:
-        raise CheckpointError(f"{path}: {size_bytes - position} unnamed bytes lie after the last tensor", hint=_AGAIN)
+        raise UnsafeInputError(f"{path}: {size_bytes - position} unnamed bytes lie after the last tensor", hint=_AGAIN)

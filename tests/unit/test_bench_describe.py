@@ -44,7 +44,7 @@ def make_component(**values: Any) -> Any:
         "plans": (), "quantization": None, "audit": graph, "parity": None, "precision": Precision.FP16,
         "backend": TensorRTSettings(kind="tensorrt-rtx"),
     }  # fmt: skip
-    return SimpleNamespace(**usual | values)
+    return SimpleNamespace(**{"every_plan": (usual | values)["plans"], **usual, **values})
 
 
 def make_candidate(kind: CandidateKind, *, build: BuildRecord | None = None, **unet: Any) -> Candidate:

@@ -54,7 +54,7 @@ def test_two_candidates_run_as_abba() -> None:
 
 def make_component(**values: Any) -> Any:
     audit = GraphAudit(opset=23, nodes=90, attention_nodes=8, attention_layers=8)
-    usual = {"quantization": None, "is_quantized": False, "plans": (), "audit": audit, "parity": None}
+    usual = {"quantization": None, "is_quantized": False, "every_plan": (), "plans": (), "audit": audit, "parity": None}
     return SimpleNamespace(**usual | values)
 
 

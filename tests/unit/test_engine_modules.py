@@ -171,7 +171,7 @@ def test_a_size_in_a_range_at_which_skip_connections_do_not_meet_is_refused() ->
     extents = ShapeProfile(ONE, Extent(16, 16, 64), Extent(16, 16, 64)).axis_extents(2)
     unet = EngineUNet(ReferenceSession(spec, extents, RowByRow()), UNET, sample_size=8, pixels_per_latent=2)
     unet.check_size(20, 64)
-    with pytest.raises(ShapeError, match="width 22 px is not a multiple of 4"):
+    with pytest.raises(ShapeError, match="width of 22 px is not a multiple of 4"):
         unet.check_size(22, 64)
     with pytest.raises(ShapeError, match=r"built for 16x16\.\.64x64"):
         unet.check_size(68, 64)
