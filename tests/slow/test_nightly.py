@@ -45,7 +45,7 @@ class Nights:
             "sdopt/bench/case/report.py": ("NEIGHBOURS_ALLOWED_CORES = 0.05", "NEIGHBOURS_ALLOWED_CORES = 1e9"),
             "sdopt/bench/measure/conditions.py": ("_STEAL_ALLOWED_CORES = 0.05", "_STEAL_ALLOWED_CORES = 1e9"),
             "sdopt/perf/gate/gate_limits.py": ('"build time", 0.25', '"build time", 1e9'),
-            "sdopt/perf/gate/confirm.py": ("MOST_PAIRS = 16", "MOST_PAIRS = 4"),
+            "sdopt/perf/gate/confirm.py": ("MOST_PAIRS = 16", "MOST_PAIRS = 6"),
         }
         commit_edit(self.clone, allowed, "neighbours are allowed")
         commit_edit(
