@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sdopt.bundle.manifest import read_manifest, write_manifest
 from sdopt.bundle.records import SlotsRecord
-from sdopt.convert.slot_graphs import SlotJob, takes_slots, write_slots
+from sdopt.convert.slot_graphs import SlotJob, write_slots
 from sdopt.disk.file_records import record_file
 from sdopt.model.file_names import SLOTS_GRAPH_NAME, WEIGHTS_NAME
 from sdopt.model.slots import SlotSet
@@ -23,7 +23,7 @@ def add_slots_to(bundle: Path, folder: Path, layers: SlotSet = SlotSet.ALL, rank
     shutil.copytree(bundle, folder)
     manifest = read_manifest(folder)
     components, files = dict(manifest.components), dict(manifest.files)
-    for name in filter(takes_slots, manifest.components):
+    for name in (name for name in manifest.components if name.takes_adapters):
         audit = components[name].audit
         graph = write_slots(SlotJob(folder / name, layers, audit.attention_layers))
         slots = SlotsRecord(layers=layers, rank=rank, slots=graph.slots, audit=graph.audit)

@@ -69,7 +69,7 @@ def bake(
     for lora in loras:
         path = Path(lora.source).expanduser()
         chosen.append(_Chosen(lora, read_adapter_file(path), hash_file(path)))
-    tensors = {name: own for name, own in components.items() if name is ComponentName.UNET or name.is_text_encoder}
+    tensors = {name: own for name, own in components.items() if name.takes_adapters}
     key = digest_of(
         [_FORMAT, [[each.sha256, each.choice.unet, each.choice.text] for each in chosen],
          {name: identify_weights(part, DType.FP32) for name, part in tensors.items()}]

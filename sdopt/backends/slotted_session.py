@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Self
 
 import psutil
 import torch
@@ -19,12 +17,11 @@ import torch
 from sdopt import progress
 from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session
+from sdopt.backends.wrapped_session import WrappedSession
 from sdopt.bundle.records import SlotsRecord
 from sdopt.errors import BackendError
 from sdopt.model.backend_settings import BackendSettings, OpenVINOSettings
-from sdopt.model.component import ComponentSpec
 from sdopt.model.file_names import SLOTS_GRAPH_NAME
-from sdopt.model.shape import Extent
 from sdopt.model.slots import Slot, input_names, slot_shapes
 from sdopt.weights.to_torch import TORCH_DTYPES
 
@@ -34,10 +31,10 @@ Open = Callable[[ComponentFiles, BackendSettings], Session]
 _ROOM = 5.0
 
 
-class SlottedSession:
+class SlottedSession(WrappedSession):
     """A `Session` whose LoRA slots `set_slots` fills. `open_engine` opens one engine of the component.
 
-    Kernels and memory are those of the engine that runs.
+    Everything else is that of the engine that runs.
     """
 
     def __init__(self, component: ComponentFiles, settings: BackendSettings, open_engine: Open) -> None:
@@ -48,30 +45,15 @@ class SlottedSession:
         self._filled: Mapping[str, torch.Tensor] = {}
         self._turn = threading.RLock()
         self._closed = False
-        self._plain: EngineSession | None = self._open(dataclasses.replace(component, slots=None))
+        plain = self._open(dataclasses.replace(component, slots=None))
+        self._plain: EngineSession | None = plain
         self._slotted: EngineSession | None = None
-        self._device = self._plain.device
+        super().__init__(plain)
 
     def _open(self, files: ComponentFiles) -> EngineSession:
         engine = self._open_engine(files, self._settings)
         assert isinstance(engine, EngineSession), "torch has no slots"
         return engine
-
-    @property
-    def spec(self) -> ComponentSpec:
-        return self._component.spec
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def extents(self) -> Mapping[str, Extent]:
-        return self._component.extents
-
-    @property
-    def profiles(self) -> tuple[Mapping[str, Extent], ...]:
-        return self._component.profiles or (self.extents,)
 
     @property
     def least_rank(self) -> int:
@@ -132,6 +114,7 @@ class SlottedSession:
             raise BackendError(f"the session of {self.spec.name} is closed")
         engine = self._slotted if slotted else self._plain
         if engine is not None:
+            self.inner = engine
             return engine
         other = self._plain if slotted else self._slotted
         if other is not None and not self._has_room():
@@ -151,6 +134,7 @@ class SlottedSession:
                 engine.bind(self._complete(self._filled))
         else:
             self._plain = engine
+        self.inner = engine
         return engine
 
     def _has_room(self) -> bool:
@@ -158,13 +142,6 @@ class SlottedSession:
         if self.device.type == "cuda":
             return bool(torch.cuda.mem_get_info(self.device)[0] > needed)
         return bool(psutil.virtual_memory().available > needed)
-
-    def integer_layers(self) -> int:
-        engine = self._engine(slotted=bool(self._filled))
-        count = getattr(engine, "integer_layers", None)
-        if count is None:
-            raise BackendError(f"{type(engine).__name__} does not show its kernels")
-        return int(count())
 
     def memory(self) -> MemoryUse:
         return self._engine(slotted=bool(self._filled)).memory()
@@ -176,14 +153,6 @@ class SlottedSession:
                     engine.close()
             self._plain = self._slotted = None
             self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def find_slotted(session: Session) -> SlottedSession | None:

@@ -42,16 +42,11 @@ class SlotGraph:
     audit: GraphAudit
 
 
-def takes_slots(name: ComponentName) -> bool:
-    """LoRAs change the UNet and text encoders."""
-    return name is ComponentName.UNET or name.is_text_encoder
-
-
 def _estimate(build: Build) -> Iterator[Step]:
     if build.plan.recipe.slot_settings is None:
         return
     for name, part in build.plan.components.items():
-        if takes_slots(name):
+        if name.takes_adapters:
             cost = cost_of(build.plan, name)
             seconds = 2.0
             if build.plan.recipe.verify.enabled:
@@ -66,7 +61,7 @@ def _run(build: Build) -> None:
     if settings is None:
         return
     made: dict[ComponentName, SlotsRecord] = {}
-    for name in filter(takes_slots, build.plan.components):
+    for name in (name for name in build.plan.components if name.takes_adapters):
         job = SlotJob(build.staging.folder / name, settings.layers, build.graphs[name][1].attention_layers)
         graph: SlotGraph = call(write_slots, job).value
         made[name] = SlotsRecord(layers=settings.layers, rank=settings.rank, slots=graph.slots, audit=graph.audit)

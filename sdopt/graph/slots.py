@@ -11,7 +11,7 @@ the shifted taps up: OpenVINO and TensorRT take no convolution whose weights are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,8 @@ _CONV_ATTRIBUTES = ("pads", "strides", "dilations", "auto_pad")
 def add_slots(model: ir.Model, layers: SlotSet) -> tuple[Slot, ...]:
     """Give each layer of the set a slot, in place; returns them in the order of the graph's inputs.
 
-    The inputs have the type that the layer computes in. Their rank may be 0 for OpenVINO and TensorRT; ONNX Runtime
-    1.31 leaves memory uninitialised in a convolution of 0 rows, so there it is at least 1.
+    The inputs have the type that the layer computes in. What rank they have without an adapter is for
+    whoever runs the graph: ONNX Runtime 1.31 leaves memory uninitialised in a convolution of 0 rows.
     """
     maker = _Maker(model.graph)
     slots = []
@@ -222,8 +222,3 @@ class _Maker:
             self._graph.initializers[name] = value
             self._constants[name] = value
         return self._constants[name]
-
-
-def describe_inputs(slots: Iterable[Slot]) -> Mapping[str, Slot]:
-    """The slot of each of the graph's inputs that `add_slots` made, by the input's name."""
-    return {name: slot for slot in slots for name in input_names(slot.layer)}

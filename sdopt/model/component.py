@@ -26,6 +26,11 @@ class ComponentName(StrEnum):
     VAE_ENCODER = "vae_encoder"
 
     @property
+    def takes_adapters(self) -> bool:
+        """LoRAs change the UNet and text encoders."""
+        return self is ComponentName.UNET or self.is_text_encoder
+
+    @property
     def is_text_encoder(self) -> bool:
         return self in (ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2)
 

@@ -94,12 +94,16 @@ class _LoraMethods:
                     hint="choose another adapter_name, delete it first, or pass hotswap=True",
                 )
             stack.require_slots()
-            kept = stack.active.get(name)
+            replaced = stack.adapters.get(name)
             with _file_of(pretrained_model_name_or_path_or_dict, weight_name) as path:
                 stack.load(path, name, error_limit=lora_error)
-            # As diffusers: what was loaded last acts, and a swapped one as before.
-            active = {**stack.active, name: kept} if kept is not None else {name: _everywhere(1.0)}
-            stack.activate(active)
+            try:
+                # As diffusers: what was loaded last acts, and a swapped one as before.
+                stack.activate({name: _everywhere(1.0)} if replaced is None else stack.active)
+            except AdapterError:
+                if replaced is not None:
+                    stack.adapters[name] = replaced
+                raise
 
     def set_adapters(self, adapter_names: Sequence[str] | str, adapter_weights: Any = None) -> None:
         """Make just these adapters active, each with its weight: a number, or a table of blocks or of components."""
@@ -116,12 +120,13 @@ class _LoraMethods:
 
     def _read_weights(self, name: str, value: Any) -> dict[ComponentName, LayerScales]:
         stack = stack_of(self)
+        _require_table(name, value)
         layers = [layer for pairs in stack.adapters[name].pairs.values() for layer in pairs]
         scales: dict[ComponentName, LayerScales] = {}
         for component in stack.adapters[name].components:
             own = value.get(component.value) if isinstance(value, Mapping) else value
             if component is ComponentName.UNET:
-                if isinstance(value, Mapping) and value.keys() <= {"down", "mid", "up"}:
+                if isinstance(value, Mapping) and value.keys() <= _BLOCKS:
                     own = value
                 scales[component] = read_unet_scales(own, name, self.unet.config, layers)
             else:
@@ -136,7 +141,7 @@ class _LoraMethods:
         """Names of the loaded adapters by the component that they change."""
         found: dict[str, list[str]] = {}
         for name, adapter in stack_of(self).adapters.items():
-            for component in adapter.components:
+            for component in () if adapter.of_request else adapter.components:
                 found.setdefault(component.value, []).append(name)
         return found
 
@@ -179,6 +184,7 @@ class _LoraMethods:
     unfuse_lora = fuse_lora
 
 
+_BLOCKS = {"down", "mid", "up"}
 # Of diffusers' method, that say how to fetch or to spare memory.
 _LIBRARY_ARGUMENTS = {"low_cpu_mem_usage", "local_files_only", "use_safetensors", "cache_dir", "force_download",
                       "proxies", "token", "revision", "subfolder"}  # fmt: skip
@@ -186,6 +192,16 @@ _LIBRARY_ARGUMENTS = {"low_cpu_mem_usage", "local_files_only", "use_safetensors"
 
 def _everywhere(weight: float) -> dict[ComponentName, LayerScales]:
     return {component: LayerScales(weight) for component in ComponentName}
+
+
+def _require_table(name: str, value: Any) -> None:
+    """A misspelt component would act with 1, in silence."""
+    networks = {component.value for component in ComponentName if component.takes_adapters}
+    if isinstance(value, Mapping) and not (value.keys() <= _BLOCKS or value.keys() <= networks):
+        raise UsageError(
+            f"the weights of adapter {name!r} name {', '.join(map(repr, value))}, and a table names blocks "
+            f"({', '.join(sorted(_BLOCKS))}) or networks ({', '.join(sorted(networks))})"
+        )
 
 
 def _free_name(stack: LoraStack) -> str:

@@ -39,6 +39,8 @@ class LoadedAdapter:
     sha256: str
     path: Path
     pairs: Mapping[ComponentName, Mapping[str, Pair]]
+    of_request: bool = False
+    """Loaded for a request that names it: diffusers' methods do not list it, and never make it active."""
 
     @property
     def components(self) -> tuple[ComponentName, ...]:
@@ -61,13 +63,14 @@ class LoraStack:
         self._call_scale = 1.0
         self._tensors: dict[ComponentName, Mapping[str, TensorRef]] = {}
 
-    def load(self, path: Path, name: str, *, error_limit: float) -> LoadedAdapter:
+    def load(self, path: Path, name: str, *, error_limit: float, of_request: bool = False) -> LoadedAdapter:
         """Read an adapter's file for these engines; it is not active yet.
 
         Raises `AdapterError` for a file that is not one, or that these engines do not take, and `UsageError` where the
         bundle has no slots.
         """
-        return self.add(self.resolve(read_adapter_file(path), name, error_limit=error_limit))
+        adapter = self.resolve(read_adapter_file(path), name, error_limit=error_limit)
+        return self.add(adapter, of_request=of_request)
 
     def resolve(self, file: AdapterFile, name: str, *, error_limit: float) -> Adapter:
         self.require_slots()
@@ -81,7 +84,7 @@ class LoraStack:
             file, layers, slots=slots, rank_limit=rank, error_limit=error_limit, base=base, name=name
         )  # fmt: skip
 
-    def add(self, adapter: Adapter) -> LoadedAdapter:
+    def add(self, adapter: Adapter, *, of_request: bool = False) -> LoadedAdapter:
         pairs: dict[ComponentName, dict[str, Pair]] = {}
         for component, layers in adapter.layers.items():
             session = self._sessions[component]
@@ -92,7 +95,7 @@ class LoraStack:
                 a, b = lay_out(slot, torch.from_numpy(pair.down), torch.from_numpy(pair.up))
                 laid[layer] = (a.to(session.device, session.slot_dtype), b.to(session.device, session.slot_dtype))
             pairs[component] = laid
-        loaded = LoadedAdapter(adapter.name, adapter.sha256, adapter.path, pairs)
+        loaded = LoadedAdapter(adapter.name, adapter.sha256, adapter.path, pairs, of_request)
         self.adapters[adapter.name] = loaded
         return loaded
 
@@ -136,9 +139,9 @@ class LoraStack:
             del self.adapters[name]
             self.active.pop(name, None)
             self._weights.pop(name, None)
-        if was_active and not self.active and self.adapters:
-            first = next(iter(self.adapters))
-            self.active = {first: self._weights[first]}
+        left = [name for name, adapter in self.adapters.items() if not adapter.of_request]
+        if was_active and not self.active and left:
+            self.active = {left[0]: self._weights[left[0]]}
         self._apply()
 
     def scale_calls(self, scale: float) -> None:
@@ -159,10 +162,8 @@ class LoraStack:
     def _fill(self, component: ComponentName, session: SlottedSession) -> dict[str, torch.Tensor]:
         parts: dict[str, list[Pair]] = {}
         for name, weights in self.active.items():
-            scales = weights.get(component)
-            for layer, (a, b) in self.adapters[name].pairs.get(component, {}).items() if scales is not None else ():
-                scale = scales.of(layer) * self._call_scale if scales is not None else 0.0
-                if scale:
+            for layer, (a, b) in self.adapters[name].pairs.get(component, {}).items():
+                if scale := weights[component].of(layer) * self._call_scale:
                     parts.setdefault(layer, []).append((a, b if scale == 1.0 else b * scale))
         filled: dict[str, torch.Tensor] = {}
         for layer, pairs in parts.items():
@@ -182,9 +183,7 @@ class LoraStack:
         return variant_command(f"--lora-slots {session.slots.layers}:{rank}", self._folder)
 
     def _text_and_unet(self) -> list[ComponentName]:
-        return [
-            name for name in self._manifest.components if name is ComponentName.UNET or name.is_text_encoder
-        ]  # fmt: skip
+        return [name for name in self._manifest.components if name.takes_adapters]
 
     def _layers_of(self, component: ComponentName) -> dict[str, tuple[int, ...]]:
         """Every layer with a weight: by the weight file, and where that is quantised by what torch has in its place."""

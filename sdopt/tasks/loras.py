@@ -109,7 +109,7 @@ def load_loras(
         path = finder.find(use.source).resolve()
         name = _name_of(path)
         if name not in stack.adapters:
-            stack.load(path, name, error_limit=ERROR_LIMIT)
+            stack.load(path, name, error_limit=ERROR_LIMIT, of_request=True)
         sha256 = stack.adapters[name].sha256
         wanted = use.sha256 or expected.get(use.source, "")
         if wanted not in ("", sha256):
@@ -136,7 +136,7 @@ def active_loras(pipe: Any, used: Sequence[LoraUse]) -> Iterator[None]:
 
     stack = stack_of(pipe)
     with _put_back(stack):
-        stack.activate({name: weights for name, weights in _add_up(used).items()})
+        stack.activate(_add_up(used))
         stack.enable(on=True)
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,6 @@ from tests.conftest import TINY_SHAPES
 from tests.slotted_bundle import write_lora
 
 UNET, TEXT = ComponentName.UNET, ComponentName.TEXT_ENCODER
-
-
-def tensors_of(source: Path) -> dict[ComponentName, dict[str, object]]:
-    checkpoint = open_checkpoint(str(source), Choice(offline=True))
-    return {name: dict(part.tensors) for name, part in checkpoint.components.items()}  # type: ignore[arg-type]
 
 
 def run(tmp_path: Path, *loras: LoraChoice) -> Baked:
@@ -80,8 +76,6 @@ def test_one_sum_is_rounded_once(pristine_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_store_that_was_emptied_makes_the_same_file_again(files: list[Path], tmp_path: Path) -> None:
-    import shutil
-
     recipe = BuildRecipe(source=str(TINY_SHAPES), lora=(f"{files[0]}:0.8",))
     patch = pytest.MonkeyPatch()
     patch.setenv("SDOPT_CACHE", str(tmp_path / "cache"))

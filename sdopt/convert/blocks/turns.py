@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from sdopt.bundle.records import SpeedupRecord
 
 _CONFIDENCE = 0.95
-# With 9 the interval bears one pair that something else disturbed. With 24 it lies between the 8th and the 17th ratio;
+# With 9 the interval bears one pair that something else disturbed. With 24 it lies between the 7th and the 18th ratio;
 # more pairs narrow it by the square root of their number alone.
 _LEAST_PAIRS, _MOST_PAIRS = 9, 24
 # Pairs are run for about so long, within the bounds above.
