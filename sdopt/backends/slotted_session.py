@@ -16,7 +16,7 @@ import torch
 
 from sdopt import progress
 from sdopt.backends.engine_session import EngineSession
-from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session
+from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session, ShowsKernels
 from sdopt.backends.wrapped_session import WrappedSession
 from sdopt.bundle.records import SlotsRecord
 from sdopt.errors import BackendError
@@ -114,8 +114,7 @@ class SlottedSession(WrappedSession):
             raise BackendError(f"the session of {self.spec.name} is closed")
         engine = self._slotted if slotted else self._plain
         if engine is not None:
-            self.inner = engine
-            return engine
+            return self._use(engine)
         other = self._plain if slotted else self._slotted
         if other is not None and not self._has_room():
             other.close()
@@ -134,7 +133,13 @@ class SlottedSession(WrappedSession):
                 engine.bind(self._complete(self._filled))
         else:
             self._plain = engine
+        return self._use(engine)
+
+    def _use(self, engine: EngineSession) -> EngineSession:
+        """Everything that is asked of this session is now asked of that one."""
         self.inner = engine
+        if isinstance(engine, ShowsKernels):
+            self.integer_layers = engine.integer_layers
         return engine
 
     def _has_room(self) -> bool:

@@ -161,6 +161,8 @@ def test_what_slots_do_not_take_is_refused_and_changes_nothing(
         engines.load_lora_weights(folder.parent / "ink.safetensors", adapter_name="ink")
     with pytest.raises(UsageError, match="nan"):
         engines.set_adapters("ink", float("nan"))
+    with pytest.raises(UsageError, match="unett"):
+        engines.set_adapters("ink", [{"unett": 0.5}])
     with pytest.raises(UsageError, match="bake"):
         engines.fuse_lora()
     engines.set_adapters("ink")

@@ -73,6 +73,16 @@ def test_a_tag_is_what_the_list_says_and_what_diffusers_methods_do(pipe: Any, wo
     assert np.array_equal(draw(pipe, work), plain)
 
 
+def test_a_requests_lora_is_not_the_users(pipe: Any, work: Path) -> None:
+    plain = draw(pipe, work)
+    draw(pipe, work, f"{PROMPT}<lora:ink:1>")
+    pipe.load_lora_weights(work / "loras" / "ink.safetensors", adapter_name="mine")
+    assert pipe.get_list_adapters() == {"text_encoder": ["mine"], "unet": ["mine"]}
+    pipe.delete_adapters("mine")
+    assert pipe.get_active_adapters() == []
+    assert np.array_equal(draw(pipe, work), plain)
+
+
 def test_one_that_is_named_twice_acts_with_the_sum(pipe: Any, work: Path) -> None:
     twice = draw(pipe, work, f"<lora:ink:0.25>{PROMPT}<lora:ink:0.5>")
     assert np.array_equal(twice, draw(pipe, work, f"{PROMPT}<lora:ink:0.75>"))
