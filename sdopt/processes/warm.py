@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import IO
 
 from sdopt.processes.channel import JsonTable
+from sdopt.processes.zygote import CANNOT_FORK
 
 # Read by libraries when they are imported, which the zygote did with the values of its start.
 _READ_AT_IMPORT = (
@@ -24,8 +25,11 @@ _READ_AT_IMPORT = (
 
 
 def can_fork_warm() -> bool:
-    """Linux alone: macOS forks unsafely once its own libraries have started, and has no pidfd."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open")
+    """Linux alone: macOS forks unsafely once its own libraries have started, and has no pidfd.
+
+    Not where a zygote of this process has found that its children could not use the GPU.
+    """
+    return sys.platform == "linux" and hasattr(os, "pidfd_open") and not _spoils_cuda
 
 
 class WarmChild:
@@ -72,6 +76,10 @@ class Zygote:
 
     def lives(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
 
     def fits(self) -> bool:
         """Whether it was started with the settings that libraries read when they are imported."""
@@ -133,16 +141,23 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 _zygote: Zygote | None = None
+_spoils_cuda = False
 _starting = threading.Lock()
 
 
 def warm_zygote() -> Zygote | None:
-    """That of this process, started where there is none; None where a setting that libraries read at import changed."""
-    global _zygote
+    """That of this process, started where there is none.
+
+    None where a setting that libraries read at import changed, and where its children could not use the GPU.
+    """
+    global _zygote, _spoils_cuda
     with _starting:
         if _zygote is not None and not _zygote.lives():
             _zygote.close()
+            _spoils_cuda = _spoils_cuda or _zygote.returncode == CANNOT_FORK
             _zygote = None
+        if _spoils_cuda:
+            return None
         if _zygote is None:
             _zygote = Zygote()
         return _zygote if _zygote.fits() else None

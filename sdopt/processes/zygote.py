@@ -32,6 +32,8 @@ PRELOADED = (
 )  # fmt: skip
 # While nothing is asked: what only some children need, and late.
 PRELOADED_LATER = ("torchmetrics.functional.image",)
+# The exit code of a zygote whose children could not use the GPU.
+CANNOT_FORK = 75
 # Of 32 and 64 bits each: a datagram is a few words.
 _REQUEST_BYTES = 64
 
@@ -44,6 +46,20 @@ def preload(names: Iterable[str] = PRELOADED) -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no collection of a child touches these pages, so they stay shared
+
+
+def spoils_cuda() -> bool:
+    """Whether children of this process would be refused by CUDA, because something here has asked it for its devices.
+
+    torch tells that to the child alone ("Cannot re-initialize CUDA in forked subprocess"), so one is asked.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
 
 
 def serve(control: socket.socket) -> None:
@@ -146,7 +162,11 @@ def _end_all(living: dict[int, tuple[int, socket.socket]]) -> None:
 def main(descriptor: int) -> int:
     # Ctrl-C reaches the whole terminal group: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Libraries ask torch for a GPU while they are imported: by NVML, which leaves CUDA as it is.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     preload()
+    if spoils_cuda():
+        return CANNOT_FORK
     serve(socket.socket(fileno=descriptor))
     return 0
 
