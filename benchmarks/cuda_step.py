@@ -24,9 +24,9 @@ import click
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
 
 from sdopt.backends.component_files import component_files
+from sdopt.backends.cuda_operators import CudaGraph
 from sdopt.backends.open import open_session
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.bundle.manifest import read_manifest
@@ -60,49 +60,10 @@ WAYS: dict[str, tuple[dict[str, str], bool, bool]] = {
 
 
 def fuse_group_norms(graph: Path, output: Path) -> int:
-    """Write `graph` with ONNX Runtime's own GroupNorm, which takes channels last and a SiLU after it."""
-    model = onnx.load(str(graph), load_external_data=False)
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    ranks = {each.name: len(each.type.tensor_type.shape.dim) for each in [*inferred.value_info, *inferred.input]}
-    nodes = list(model.graph.node)
-    readers: dict[str, list[Any]] = {}
-    for node in nodes:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    dropped: set[int] = set()
-    replaced: dict[int, list[Any]] = {}
-    count = 0
-    for node in nodes:
-        if node.op_type != "GroupNormalization" or ranks.get(node.input[0]) != 4:
-            continue
-        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        result, silu = node.output[0], 0
-        after = readers.get(result, [])
-        sigmoid = next((each for each in after if each.op_type == "Sigmoid"), None)
-        if sigmoid is not None and len(after) == 2:
-            product = next((each for each in after if each.op_type == "Mul"), None)
-            if product is not None and set(product.input) == {result, sigmoid.output[0]}:
-                dropped |= {id(sigmoid), id(product)}
-                result, silu = product.output[0], 1
-        at = f"fused_group_norm_{count}"
-        count += 1
-        replaced[id(node)] = [
-            helper.make_node("Cast", [node.input[1]], [f"{at}_gamma"], to=TensorProto.FLOAT),
-            helper.make_node("Cast", [node.input[2]], [f"{at}_beta"], to=TensorProto.FLOAT),
-            helper.make_node("Transpose", [node.input[0]], [f"{at}_in"], perm=[0, 2, 3, 1]),
-            helper.make_node(
-                "GroupNorm", [f"{at}_in", f"{at}_gamma", f"{at}_beta"], [f"{at}_out"], domain="com.microsoft",
-                name=at, epsilon=attributes.get("epsilon", 1e-5), groups=attributes["num_groups"], activation=silu,
-                channels_last=1,
-            ),
-            helper.make_node("Transpose", [f"{at}_out"], [result], perm=[0, 3, 1, 2]),
-        ]  # fmt: skip
-    # The product is behind its group norm in any topological order, and what replaces both stands at the norm's place.
-    kept = [new for node in nodes if id(node) not in dropped for new in replaced.get(id(node), [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, str(output))
+    """Write `graph` as the product opens it on a GPU."""
+    rewritten = CudaGraph(graph)
+    count = rewritten.fuse_group_norms()
+    onnx.save(rewritten.model, str(output))
     return count
 
 

@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU or on an NVIDIA GPU.
 
 On the CPU it has no bf16 path, and runs the native `Attention` as one kernel. On a GPU `Attention` of opset 23 is one
-kernel too, flash attention in fp16 on Ampere and later, since microsoft/onnxruntime#27542 of March 2026; 1.24 still ran
-it unfused, or on the CPU (#28025).
+kernel too since microsoft/onnxruntime#27542 of March 2026; 1.24 still ran it unfused, or on the CPU (#28025). Which one
+is right depends on the graph: `sdopt.backends.cuda_operators`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sdopt.backends.cuda import Gpu, shared_gpu
+from sdopt.backends.cuda_operators import CudaGraph
 from sdopt.backends.engine_session import EngineSession
 from sdopt.backends.probes import CUDA_PROVIDER, GET_ONNXRUNTIME_CUDA
 from sdopt.backends.protocol import ComponentFiles, axis_sizes
@@ -29,6 +30,8 @@ except ImportError as error:
     raise MissingDependency.of("onnxruntime", extra="cpu") from error
 
 _CPU, _CUDA = "CPUExecutionProvider", CUDA_PROVIDER
+# Where the weights of a graph that comes as bytes lie.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRuntimeBackend:
@@ -48,8 +51,11 @@ class OnnxRuntimeBackend:
 
     def _open_on_gpu(self, component: ComponentFiles) -> CudaSession:
         gpu = shared_gpu()
-        cuda = {"device_id": gpu.device.index, "user_compute_stream": str(gpu.stream_handle)}
-        session = _open(component, onnxruntime.SessionOptions(), [(_CUDA, cuda), _CPU])
+        cuda = {"device_id": str(gpu.device.index or 0), "user_compute_stream": str(gpu.stream_handle)}
+        graph = CudaGraph(component.graph)
+        cuda |= graph.provider_options()
+        graph.fuse_group_norms()
+        session = _open(component, onnxruntime.SessionOptions(), [(_CUDA, cuda), _CPU], graph.model.SerializeToString())
         if session.get_providers()[0] != _CUDA:
             # It falls back to the CPU without an error where a library of CUDA or cuDNN is missing.
             raise BackendError(
@@ -59,12 +65,16 @@ class OnnxRuntimeBackend:
         return CudaSession(component, session, gpu)
 
 
-def _open(component: ComponentFiles, options: Any, providers: list[Any]) -> Any:
+def _open(component: ComponentFiles, options: Any, providers: list[Any], graph: bytes | None = None) -> Any:
+    """`graph` is one to run in the place of the component's, over the same weight file."""
     options.log_severity_level = 3
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(component.graph.parent))
     try:
         # A bias that is merged into the product keeps it from its INT8 kernel.
         disabled = ["MatMulAddFusion"] if b"QuantizeLinear" in component.graph.read_bytes() else []
-        return onnxruntime.InferenceSession(component.graph, options, providers=providers, disabled_optimizers=disabled)
+        return onnxruntime.InferenceSession(
+            graph or component.graph, options, providers=providers, disabled_optimizers=disabled
+        )
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own with no common base.
         raise BackendError(f"ONNX Runtime refuses {component.graph}: {error}") from error
 

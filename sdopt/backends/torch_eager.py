@@ -49,9 +49,14 @@ _HOST = torch.device("cpu")
 
 
 def _fitting_precision(precision: Precision, component: ComponentFiles) -> Precision:
-    """A VAE whose config says so overflows in fp16: diffusers computes it in fp32, and so does this."""
-    overflows = component.name.startswith("vae") and bool(component.config.get("force_upcast"))
-    return Precision.FP32 if precision is Precision.FP16 and overflows else precision
+    """A VAE whose config says so may overflow in fp16: diffusers computes SDXL's in fp32, and so does this.
+
+    Not where the bundle's graph of it is in fp16, which `convert` has measured to be safe: torch, the baseline, gets
+    the same advantage. The flag alone says little, for diffusers writes it into the config of every VAE.
+    """
+    upcast = component.name.startswith("vae") and bool(component.config.get("force_upcast"))
+    measured_safe = component.spec.outputs[0].dtype is DType.FP16
+    return Precision.FP32 if precision is Precision.FP16 and upcast and not measured_safe else precision
 
 
 class TorchSession(EngineSession):

@@ -68,7 +68,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_no_silent_fallback(
 ) -> None:
     seen: list[Any] = []
 
-    def fall_back(path: Path, options: Any, providers: Any, disabled_optimizers: Any) -> Any:
+    def fall_back(graph: bytes, options: Any, providers: Any, disabled_optimizers: Any) -> Any:
         seen.append(providers)
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
@@ -76,7 +76,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_no_silent_fallback(
     monkeypatch.setattr("sdopt.backends.onnxruntime.shared_gpu", HostGpu)
     with pytest.raises(BackendError, match="could not load its CUDA libraries for unet"):
         OnnxRuntimeBackend(CUDA).open(files_of(pristine_bundle, ComponentName.UNET))
-    cuda = {"device_id": None, "user_compute_stream": "77"}
+    cuda = {"device_id": "0", "user_compute_stream": "77", "sdpa_kernel": "2"}
     assert seen == [[("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]]
 
 

@@ -24,6 +24,7 @@ from sdopt.processes import warm
 from sdopt.processes.call import How, Outcome, call, call_by_name
 from sdopt.processes.channel import JsonTable, rebuild_error
 from sdopt.processes.nursery import current_nursery, own_nursery, submit_in_context
+from sdopt.processes.zygote import CANNOT_FORK, spoils_cuda
 
 HOWS = pytest.mark.parametrize("how", [How.FRESH, How.WARM])
 
@@ -395,6 +396,40 @@ def test_the_zygote_only_imports() -> None:
     threads = [Path(task, "comm").read_text().strip() for task in Path(f"/proc/{zygote._process.pid}/task").iterdir()]
     assert len(threads) <= 1 + 2 * (os.cpu_count() or 1), threads
     assert run("ask_torch").value == {"cuda": False, "threads_before": 0}
+
+
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_a_zygote_learns_whether_its_children_may_use_the_gpu(spoilt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: spoilt)
+    assert spoils_cuda() == spoilt
+
+
+def test_where_forked_children_could_not_use_the_gpu_all_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    class Spoilt(warm.Zygote):
+        """A zygote that finds, once it has imported, that CUDA was asked for its devices."""
+
+        def __init__(self) -> None:
+            started.append(self)
+            self._process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({CANNOT_FORK})"])
+            self._process.wait()
+
+        def close(self) -> None: ...
+
+        def fits(self) -> bool:
+            return True
+
+        def start(self, stderr: object) -> warm.WarmChild:  # type: ignore[override]
+            raise EOFError
+
+    monkeypatch.setattr(warm, "_zygote", None)
+    monkeypatch.setattr(warm, "_spoils_cuda", False)
+    monkeypatch.setattr(warm, "Zygote", Spoilt)
+    for _ in range(2):
+        assert not run("where").value["forked"]
+    assert len(started) == 1
+    assert not warm.can_fork_warm()
 
 
 def test_what_is_computed_after_the_fork_is_right() -> None:
