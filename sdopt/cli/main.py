@@ -25,6 +25,7 @@ _COMMANDS = {
     "generate": "Draw pictures with a bundle.",
     "bench": "Compare a bundle with torch: speed, memory, pictures.",
     "perf": "Measure each night, and say when something became worse.",
+    "adapter": "Write a LoRA for programs that run a bundle with plain ONNX Runtime.",
     "export": "Write a bundle for Triton, ComfyUI or optimum.",
     "check": "Is a bundle whole, and can this machine run it?",
     "inspect": "Say what a file or folder is: bundle, ONNX graph, checkpoint, LoRA.",
