@@ -29,11 +29,13 @@ from sdopt.errors import ExportError
 from sdopt.graph.external_data import check_graph_file
 from sdopt.graph.qdq import LayerChoice, insert_qdq, takes
 from sdopt.graph.sites import WeightedLayer, list_layers
+from sdopt.graph.slots import add_slots
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
 from sdopt.model.precision import DType
 from sdopt.model.quantization import Scheme
+from sdopt.model.slots import SlotSet
 from sdopt.trace.bind import bind_weights, rebind_weights
 from sdopt.trace.reference import load_reference
 from sdopt.trace.seeded_inputs import make_inputs
@@ -41,6 +43,7 @@ from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.stream import storage_layout, write_weights
 from tests.checkpoints import make_model, small_recipe, write_folder
 from tests.conftest import TINY_SHAPES
+from tests.unit.test_slots import lay_out, seeded_pair
 from tests.unit.test_trace import Built, build
 
 torch.set_num_threads(1)
@@ -266,6 +269,39 @@ def test_a_quantised_graph_computes_what_fake_quantisation_computes(kind: str, r
         else:  # or this test could not tell a quantised layer from one that is not
             least = 0.02 if choice.scheme is not W8 else 1e-3
             assert distance(value, exact[name]) > least, name
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_slot_beside_a_quantised_layer_takes_what_was_not_rounded(kind: str, runtime: str, layers: Layers) -> None:
+    """Its change is B (A x) of the layer's own input: before the smoothing, and before the clipping at the range."""
+    proto = onnx.load(layers.quantize(CHOICES[kind]), load_external_data=False)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    slots = {slot.layer: slot for slot in add_slots(model, SlotSet.ALL)}
+    assert slots.keys() == {"conv", *LINEAR}
+    (layers.folder / "slots.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    inputs = make_inputs_of_layers(layers.dtype)
+    pairs = {layer: seeded_pair(slot, 3, seed) for seed, (layer, slot) in enumerate(slots.items())}
+
+    def run(strength: float) -> dict[str, Tensor]:
+        tensors = {
+            name: value.to(FLOATS[layers.dtype][1])
+            for layer, (down, up) in pairs.items()
+            for name, value in lay_out(slots[layer], down, up * strength).items()
+        }
+        return RUNTIMES[runtime](layers.folder / "slots.onnx", {**inputs, **tensors})
+
+    without, strong = run(0.0), run(1.0)
+    for layer, source in (("conv", "picture"), ("first", "states"), ("second", "states"), ("gemm", "rows")):
+        down, up = pairs[layer]
+        values = inputs[source].float()
+        if layer == "conv":
+            change = (up @ down.flatten(1)).reshape(slots[layer].shape)
+            expected = nn.functional.conv2d(values, change, padding=1)
+        else:
+            expected = values @ down.T @ up.T
+        found = strong[f"{layer}_out"] - without[f"{layer}_out"]
+        assert distance(found, expected) < CLOSE[layers.dtype], layer
 
 
 def test_onnx_own_reference_reads_int4_and_fp8_as_torch_does(layers: Layers) -> None:
