@@ -80,6 +80,11 @@ class TorchSession(EngineSession):
     def device(self) -> torch.device:
         return self._device
 
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """By their names in a weight file. What is written into them counts where nothing has run yet."""
+        network = getattr(self.engine, "_orig_mod", self.engine)
+        return {name.removeprefix("network."): value for name, value in network.named_parameters()}
+
     def use_attention(self, attention: Literal["sdpa", "math"]) -> None:
         """Compute attention by another kernel of torch's own from now on."""
         self._settings = self._settings.model_copy(update={"attention": attention})

@@ -32,7 +32,7 @@ def describe_case(
         bundle_bytes=sum(file.size_bytes for file in manifest.files.values()),
         width_px=profile.width_px.opt, height_px=profile.height_px.opt, batch=profile.batch.min,
         prompts=scene.prompts, seed=scene.seed, steps=scene.steps, guidance_scale=scene.guidance_scale,
-        scheduler=scheduler, scope=scope, inputs_digest=hash_file(scene.inputs), flops=flops,
+        scheduler=scheduler, scope=scope, loras=scene.loras, inputs_digest=hash_file(scene.inputs), flops=flops,
     )  # fmt: skip
 
 

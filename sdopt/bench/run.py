@@ -38,7 +38,7 @@ from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.disk.files import hash_file
-from sdopt.errors import MissingDependency, SdoptError
+from sdopt.errors import MissingDependency, SdoptError, UsageError
 from sdopt.fidelity.candidate import dump_settings, engines_use_gpu
 from sdopt.fidelity.drawings import Drawing, draw_isolated, draw_twice_isolated, read_drawing
 from sdopt.fidelity.metrics import PictureFault, find_fault
@@ -48,6 +48,7 @@ from sdopt.fidelity.scene import DEFAULT_PROMPTS, Scene, write_scene
 from sdopt.machine.environment import describe_machine
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.model.lora import LoraUse
 from sdopt.preflight.runnable import require_sound, require_trusted
 from sdopt.processes.call import How, Outcome, call_by_name
 from sdopt.processes.channel import JsonTable
@@ -90,6 +91,8 @@ class BenchRequest:
     effort: Effort = field(default_factory=Effort)
     perceptual: PerceptualWeights = field(default_factory=PerceptualWeights)
     layers: bool = False
+    loras: tuple[LoraUse, ...] = ()
+    """Files with their digests, which act on every picture."""
 
 
 def apply_run(base: BenchRequest, suite: str, run: SuiteRun) -> BenchRequest:
@@ -156,12 +159,14 @@ def run_bench(request: BenchRequest, work: Path) -> BenchResult:
     require_pipeline(request.folder, manifest)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
+    if request.loras and request.scope is Scope.UNET:
+        raise UsageError("this suite measures the UNet alone, without LoRAs", hint="leave out --lora, or take pictures")
     before = read_cpu_use()
     scene = _prepare_scene(request, manifest, work)
     rows = {
         candidate.name: _Row(candidate, work / f"{candidate.name}.safetensors")
         for candidate in list_candidates(
-            request.folder, manifest, request.against, request.peer_python, request.trust_engines
+            request.folder, manifest, request.against, request.peer_python, request.trust_engines, request.loras
         )
     }
     order = _run_rows(request, scene, rows)
@@ -193,7 +198,9 @@ def measure_process(request: BenchRequest, name: str, work: Path) -> ProcessReco
     require_pipeline(request.folder, manifest)
     require_sound(request.folder, manifest)
     require_trusted(request.folder, manifest, request.trust_engines)
-    candidates = list_candidates(request.folder, manifest, request.against, request.peer_python, request.trust_engines)
+    candidates = list_candidates(
+        request.folder, manifest, request.against, request.peer_python, request.trust_engines, request.loras
+    )
     found = next((candidate for candidate in candidates if candidate.name == name), None)
     if found is None:
         raise SdoptError(f"there is no candidate {name!r}; there are {', '.join(each.name for each in candidates)}")
@@ -212,7 +219,7 @@ def _prepare_scene(request: BenchRequest, manifest: BundleManifest, work: Path, 
     scene = Scene(
         prompts=request.prompts or verify.prompts or DEFAULT_PROMPTS, seed=verify.seed, steps=request.steps,
         guidance_scale=verify.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        inputs=work / "inputs.safetensors",
+        inputs=work / "inputs.safetensors", loras=request.loras,
     )  # fmt: skip
     if request.scope is Scope.PICTURES:
         write_scene(request.folder, manifest, scene, how=how)
@@ -277,16 +284,19 @@ def _run_row(request: BenchRequest, scene: Scene, row: _Row, position: int, coun
     """Run a candidate once more, unless it failed before. `left_s` is about what this and all others still take."""
     if row.candidate.missing:
         row.status, row.message = Status.SKIPPED, row.candidate.missing
+    elif request.loras and row.candidate.kind is CandidateKind.PEER:
+        row.status, row.message = Status.SKIPPED, "another tool is not measured with LoRAs"
     elif request.scope is Scope.UNET and row.candidate.kind is CandidateKind.PEER:
         row.status, row.message = Status.SKIPPED, "another tool's UNet is not measured apart from its pipeline"
     if row.status is not Status.OK:
         return
     label = f"{row.candidate.label} ({position + 1} of {count})"
+    update = {} if row.candidate.fills else {"loras": ()}
     arguments: JsonTable = {
         "folder": str(row.candidate.folder),
         "manifest": row.candidate.manifest.model_dump_json(),
         "settings": dump_settings(row.candidate.settings),
-        "scene": scene.model_dump(mode="json"),
+        "scene": scene.model_copy(update=update).model_dump(mode="json"),
         "output": "" if row.processes or request.scope is Scope.UNET else str(row.drawing),
         "label": label,
         "effort": asdict(request.effort),
@@ -324,7 +334,8 @@ def _drew_nan(path: Path) -> bool:
 
 def _measure_origins(request: BenchRequest, manifest: BundleManifest, rows: Mapping[str, _Row], work: Path) -> _Origins:
     """Of every candidate that ran, the errors of its components; with `layers`, the engines' layers."""
-    ran = [row.candidate for row in rows.values() if row.processes]
+    # A component is held against torch on the weights of the measured bundle, without LoRAs.
+    ran = [row.candidate for row in rows.values() if row.processes and (row.candidate.fills or not request.loras)]
     limit_s = request.time_limit_s
     found = measure_component_errors(request.folder, manifest, ran, request.scope, work, limit_s)
     notes = [f"the components of {name} were not compared: {message}" for name, message in found.messages.items()]
@@ -341,7 +352,9 @@ def _compare_pictures(
     """Compare what each candidate drew with what torch fp32 draws. Nothing is drawn for the UNet alone."""
     if request.scope is Scope.UNET:
         return _Compared({}, None, PictureFigures({}, {}, {}))
-    drawings = {name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK}
+    drawings = {
+        name: read_drawing(row.drawing) for name, row in rows.items() if row.status is Status.OK and row.candidate.alike
+    }
     reference = drawings.get(Baseline.EAGER_FP32.value)
     floor: Drawing | None = None
     notes: tuple[str, ...] = ()

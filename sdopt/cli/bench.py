@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sdopt.bench.case.report import BenchReport
     from sdopt.bench.page.summary import CandidateSummary
     from sdopt.bench.run import BenchRequest, BenchResult
+    from sdopt.model.lora import LoraUse
 
 
 @click.command()
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Interpreter of the environment that has optimum.",
 )
+@click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT",
+              help="Draw with this LoRA in the slots, beside the engines without it. Torch has it in its weights, "
+              "and --against takes a bundle that was converted with it.")  # fmt: skip
 @click.option("--layers", is_flag=True, help="Find the first layer where the engines and torch part.")
 @click.option(
     "--weights", multiple=True, metavar="NAME=PATH", help="Local weights of a metric: lpips=FILE or clip=FOLDER."
@@ -76,6 +80,7 @@ def bench(
     prompts: tuple[str, ...],
     time_limit_s: float | None,
     peer_python: Path | None,
+    loras: tuple[str, ...],
     layers: bool,
     weights: tuple[str, ...],
     trust_engines: tuple[str, ...],
@@ -101,7 +106,7 @@ def bench(
     }  # fmt: skip
     base = BenchRequest(
         folder, command=shlex.join(["sdopt", *sys.argv[1:]]), trust_engines=trust_engines, peer_python=peer_python,
-        perceptual=parse_weights(weights), layers=layers,
+        perceptual=parse_weights(weights), layers=layers, loras=tuple(_find_lora(text) for text in loras),
     )  # fmt: skip
     chosen = {name: value for name, value in given.items() if value is not None}
     if suite is None:
@@ -117,6 +122,17 @@ def bench(
     if any(_engines_failed(result.report) for result in results):
         # Told by the table and in the JSON; a second message would break the one JSON document.
         sys.exit(1)
+
+
+def _find_lora(text: str) -> LoraUse:
+    from sdopt.disk.files import hash_file
+    from sdopt.model.lora import LoraUse, parse_lora
+
+    choice = parse_lora(text)
+    path = Path(choice.source).expanduser().absolute()
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file", hint="--lora takes the file of a LoRA, and after a colon its weight")
+    return LoraUse(source=str(path), unet=choice.unet, text=choice.text, sha256=hash_file(path))
 
 
 def _require_range(flag: str, value: float | None, kind: str, least: int, most: int | None = None) -> None:

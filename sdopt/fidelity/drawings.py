@@ -99,7 +99,7 @@ def draw(job: DrawJob) -> None:
         return session
 
     progress.update(f"opening {job.label}", 0.0)
-    with open_candidate(job.folder, job.manifest, job.settings, keep) as pipeline:
+    with open_candidate(job.folder, job.manifest, job.settings, keep, job.scene.loras) as pipeline:
         _draw_to(job.output, pipeline, job, job.label)
         if job.again is not None:
             from sdopt.backends.torch_eager import TorchSession

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdopt.bundle.manifest import BundleManifest, read_config
 from sdopt.fidelity.metrics import Picture
 from sdopt.model.component import ComponentName
+from sdopt.model.lora import LoraUse
 from sdopt.model.task import Task
 from sdopt.processes.call import How, call
 
@@ -24,7 +25,10 @@ DEFAULT_PROMPTS = ("a large red circle on a blue background", "a small yellow st
 
 
 class Scene(BaseModel):
-    """Prompts, one picture each; picture i has the seed `seed + i`. `inputs` is the file described above."""
+    """Prompts, one picture each; picture i has the seed `seed + i`. `inputs` is the file described above.
+
+    `loras` are files with their digests, which act on every picture.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,6 +37,7 @@ class Scene(BaseModel):
     steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
     inputs: Path
+    loras: tuple[LoraUse, ...] = ()
 
     def seed_of(self, index: int) -> int:
         return self.seed + index

@@ -15,13 +15,16 @@ from sdopt.bench.case.baselines import Baseline, parse_against
 from sdopt.bench.case.candidates import ENGINES, label_engines, list_candidates
 from sdopt.bench.case.report import CandidateKind
 from sdopt.bundle.manifest import BundleManifest, read_manifest, write_manifest
+from sdopt.bundle.records import BakedAdapter, SlotsRecord
 from sdopt.errors import ArtifactError, UnsafeInputError, UsageError
 from sdopt.model.backend_settings import OnnxRuntimeSettings, OpenVINOSettings, TensorRTSettings, TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
+from sdopt.model.lora import LoraUse
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.shape import ShapeProfile
+from sdopt.model.slots import Slot, SlotSet
 from sdopt.model.task import Task
 from tests.reference_session import make_bundle
 
@@ -111,6 +114,46 @@ def test_products_are_in_8_bits_where_the_runtime_shows_it_or_else_the_scheme_sa
     text_encoder.integer_layers = None
     assert engines.precision_by_component()[ComponentName.TEXT_ENCODER] is Precision.BF16
     assert set(eager.precision_by_component().values()) == {Precision.BF16}
+
+
+INK = LoraUse(source="/loras/ink.safetensors", unet=0.8, text=0.5, sha256="a" * 64)
+
+
+def give_slots(folder: Path, *, slots: bool = True, adapters: tuple[BakedAdapter, ...] = ()) -> BundleManifest:
+    """A bundle of the double that says it has slots, or adapters in its weights."""
+    manifest = read_manifest(folder)
+    records = dict(manifest.components)
+    if slots:
+        unet = records[ComponentName.UNET]
+        record = SlotsRecord(layers=SlotSet.ALL, rank=16, slots=(Slot("layer", (4, 4)),), audit=unet.audit)
+        records[ComponentName.UNET] = unet.model_copy(update={"slots": record})
+    source = manifest.source.model_copy(update={"adapters": adapters})
+    changed = manifest.model_copy(update={"components": records, "source": source})
+    write_manifest(folder, changed)
+    return changed
+
+
+def test_with_a_lora_the_engines_are_there_with_and_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates_module, "require_sound", lambda *_: None)
+    mine = make_bundle(tmp_path / "mine").folder
+    manifest = give_slots(mine)
+    same = BakedAdapter(name="ink", sha256="a" * 64, unet=0.8, text=0.5)
+    others = {
+        "baked": (False, (same,)), "weaker": (False, (same.model_copy(update={"unet": 0.7}),)), "plain": (False, ()),
+        "slotted": (True, ()),
+    }  # fmt: skip
+    for name, (slots, adapters) in others.items():
+        give_slots(make_bundle(tmp_path / name).folder, slots=slots, adapters=adapters)
+    words = ("eager-fp32", *(str(tmp_path / name) for name in others))
+    found = {each.name: each for each in list_candidates(mine, manifest, words, loras=(INK,))}
+    assert list(found) == [ENGINES, "without-loras", "eager-fp32", *(f"bundle-{name}" for name in others)]
+    assert [each.fills for each in found.values()] == [True, False, True, False, True, True, True]
+    assert [each.alike for each in found.values()] == [True, False, True, True, True, True, True]
+    missing = {name for name, each in found.items() if each.missing}
+    assert missing == {"bundle-weaker", "bundle-plain"}
+    assert "with LoRAs in its weights" in found["bundle-baked"].label
+    with pytest.raises(UsageError, match="no LoRA slots"):
+        list_candidates(tmp_path / "plain", read_manifest(tmp_path / "plain"), (), loras=(INK,))
 
 
 def test_the_usual_baselines_of_a_cpu() -> None:

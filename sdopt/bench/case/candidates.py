@@ -15,6 +15,7 @@ from sdopt.bench.case.baselines import (
     usual_baselines,
 )
 from sdopt.bench.case.report import CandidateKind
+from sdopt.bundle.again import variant_command
 from sdopt.bundle.damage import require_pipeline
 from sdopt.bundle.linked import open_links
 from sdopt.bundle.manifest import BundleManifest, read_config, read_manifest
@@ -30,6 +31,7 @@ from sdopt.model.backend_settings import (
     TorchSettings,
 )
 from sdopt.model.component import ComponentName
+from sdopt.model.lora import LoraUse
 from sdopt.model.precision import DType, Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.task import Task
@@ -38,6 +40,7 @@ from sdopt.preflight.runnable import require_sound, require_trusted
 __all__ = ["ENGINES", "Baseline", "Candidate", "label_engines", "list_candidates", "parse_against"]
 
 ENGINES = "engines"
+WITHOUT_LORAS = "without-loras"
 _PEER_PACKAGES = ("optimum-onnx==0.1.0", "'onnxruntime>=1.23'", "'diffusers<0.36'", "'torch>=2.10,<2.14'", "accelerate")
 
 
@@ -59,6 +62,11 @@ class Candidate:
     kind: CandidateKind
     python: Path | None = None
     missing: str = ""
+    fills: bool = True
+    """Whether the scene's LoRAs are put on when it is opened: not on a bundle that has them in its weights."""
+    alike: bool = True
+    """Whether it is asked for the same pictures as the others. The engines without the LoRAs are there for their time.
+    """
 
     def settings_by_component(self) -> dict[ComponentName, BackendSettings]:
         """What each component runs on; empty for a peer, whose settings are not ours."""
@@ -81,9 +89,13 @@ def list_candidates(
     against: tuple[str, ...] | None,
     peer_python: Path | None = None,
     trust_engines: tuple[str, ...] = (),
+    loras: tuple[LoraUse, ...] = (),
 ) -> tuple[Candidate, ...]:
     """The engines first, then what was asked for in that order, as `parse_against` gives it; None asks for the usual
     baselines.
+
+    With `loras` the engines without them come second, so that what the slots cost is a figure, and another bundle is
+    one that has just these in its weights, or slots for them.
 
     Other bundles are checked as the measured one is: raises `ArtifactError` for one that is damaged, and
     `UnsafeInputError` for plans that nobody vouched for. Raises `UsageError` for one bundle twice.
@@ -92,6 +104,13 @@ def list_candidates(
         ENGINES, label_engines(manifest), least_precision(manifest), None, folder, manifest, CandidateKind.ENGINES
     )
     found = {ENGINES: engines}
+    if loras:
+        _require_slots(folder, manifest)
+        label = f"{engines.label} without LoRAs"
+        found[ENGINES] = replace(engines, label=f"{engines.label} with LoRAs in slots")
+        found[WITHOUT_LORAS] = replace(
+            engines, name=WITHOUT_LORAS, label=label, kind=CandidateKind.BUNDLE, fills=False, alike=False
+        )
     folders = {folder.resolve()}
     for word in usual_baselines(on_gpu=engines_use_gpu(manifest)) if against is None else against:
         if word == Baseline.OPTIMUM:
@@ -105,6 +124,8 @@ def list_candidates(
                 raise UsageError(f"{other} is measured twice", hint="name each bundle once")
             folders.add(other.resolve())
             bundle = _open_bundle(engines, other, trust_engines)
+            if loras:
+                bundle = _hold_loras(bundle, loras)
             unique = _make_unique(bundle.name, found)
             found[unique] = replace(bundle, name=unique)
     return tuple(found.values())
@@ -136,6 +157,27 @@ def _open_bundle(engines: Candidate, folder: Path, trust_engines: tuple[str, ...
         least_precision(manifest), None, folder, manifest, CandidateKind.BUNDLE,
         missing=_find_difference(engines, folder, manifest),
     )  # fmt: skip
+
+
+def _require_slots(folder: Path, manifest: BundleManifest) -> None:
+    if all(record.slots is None for record in manifest.components.values()):
+        raise UsageError(
+            f"{folder.name} has no LoRA slots, so that nothing can be measured with a LoRA in them",
+            hint=f"build it with slots: {variant_command('--lora-slots 64', folder)}",
+        )
+
+
+def _hold_loras(bundle: Candidate, loras: tuple[LoraUse, ...]) -> Candidate:
+    """Another bundle beside engines with these LoRAs."""
+    baked = [(each.sha256, each.unet, each.text) for each in bundle.manifest.source.adapters]
+    if baked == [(use.sha256, use.unet, use.text) for use in loras]:
+        return replace(bundle, fills=False, label=f"{bundle.label} with LoRAs in its weights")
+    if baked:
+        other = ", ".join(each.name for each in bundle.manifest.source.adapters)
+        return replace(bundle, missing=f"it has other LoRAs in its weights, or with other weights: {other}")
+    if all(record.slots is None for record in bundle.manifest.components.values()):
+        return replace(bundle, missing="it has neither slots nor these LoRAs in its weights")
+    return replace(bundle, label=f"{bundle.label} with LoRAs in slots")
 
 
 def _find_difference(engines: Candidate, folder: Path, manifest: BundleManifest) -> str:

@@ -19,6 +19,7 @@ from sdopt.errors import ArtifactError
 from sdopt.machine.machine_record import EnvironmentRecord
 from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentName
+from sdopt.model.lora import LoraUse
 from sdopt.model.precision import Precision
 
 SCHEMA_VERSION = 4
@@ -90,6 +91,8 @@ class CaseRecord(_Record):
     scope: Scope = Scope.PICTURES
     inputs_digest: str = ""
     """SHA-256 of the file with the initial latents (and picture), which every candidate was given."""
+    loras: tuple[LoraUse, ...] = ()
+    """What acted on every picture, with the files' digests."""
     flops: dict[ComponentName, int] = Field(default_factory=dict)
     """Of one run of each component at these sizes: 2 x multiply-accumulates."""
 

@@ -84,7 +84,7 @@ def measure(arguments: JsonTable) -> JsonTable:
         sessions.append(session)
         return clock.wrap(session)
 
-    with watch_memory(gpu) as peak, open_candidate(folder, manifest, settings, keep) as pipeline:
+    with watch_memory(gpu) as peak, open_candidate(folder, manifest, settings, keep, scene.loras) as pipeline:
         opened = Milestone.reach()
         painter = Painter(pipeline, manifest, scene, clock)
         first, drawn_ns, done_ns = _draw_scene(painter, label, arguments["output"])
