@@ -26,7 +26,7 @@ from sdopt.model.quantization import Scheme
 from sdopt.model.shape import ShapeProfile
 from sdopt.model.slots import Slot, SlotSet
 from sdopt.model.task import Task
-from tests.reference_session import make_bundle
+from tests.reference_session import ReferenceBundle, make_bundle
 
 FOLDER = Path("bundle")
 
@@ -119,9 +119,11 @@ def test_products_are_in_8_bits_where_the_runtime_shows_it_or_else_the_scheme_sa
 INK = LoraUse(source="/loras/ink.safetensors", unet=0.8, text=0.5, sha256="a" * 64)
 
 
-def give_slots(folder: Path, *, slots: bool = True, adapters: tuple[BakedAdapter, ...] = ()) -> BundleManifest:
+def give_slots(
+    bundle: ReferenceBundle, *, slots: bool = True, adapters: tuple[BakedAdapter, ...] = ()
+) -> BundleManifest:
     """A bundle of the double that says it has slots, or adapters in its weights."""
-    manifest = read_manifest(folder)
+    manifest = bundle.manifest
     records = dict(manifest.components)
     if slots:
         unet = records[ComponentName.UNET]
@@ -129,13 +131,13 @@ def give_slots(folder: Path, *, slots: bool = True, adapters: tuple[BakedAdapter
         records[ComponentName.UNET] = unet.model_copy(update={"slots": record})
     source = manifest.source.model_copy(update={"adapters": adapters})
     changed = manifest.model_copy(update={"components": records, "source": source})
-    write_manifest(folder, changed)
+    write_manifest(bundle.folder, changed)
     return changed
 
 
 def test_with_a_lora_the_engines_are_there_with_and_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates_module, "require_sound", lambda *_: None)
-    mine = make_bundle(tmp_path / "mine").folder
+    mine = make_bundle(tmp_path / "mine")
     manifest = give_slots(mine)
     same = BakedAdapter(name="ink", sha256="a" * 64, unet=0.8, text=0.5)
     others = {
@@ -143,9 +145,9 @@ def test_with_a_lora_the_engines_are_there_with_and_without_it(tmp_path: Path, m
         "slotted": (True, ()),
     }  # fmt: skip
     for name, (slots, adapters) in others.items():
-        give_slots(make_bundle(tmp_path / name).folder, slots=slots, adapters=adapters)
+        give_slots(make_bundle(tmp_path / name), slots=slots, adapters=adapters)
     words = ("eager-fp32", *(str(tmp_path / name) for name in others))
-    found = {each.name: each for each in list_candidates(mine, manifest, words, loras=(INK,))}
+    found = {each.name: each for each in list_candidates(mine.folder, manifest, words, loras=(INK,))}
     assert list(found) == [ENGINES, "without-loras", "eager-fp32", *(f"bundle-{name}" for name in others)]
     assert [each.fills for each in found.values()] == [True, False, True, False, True, True, True]
     assert [each.alike for each in found.values()] == [True, False, True, True, True, True, True]
