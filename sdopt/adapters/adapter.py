@@ -38,6 +38,8 @@ class Adapter:
     sha256: str
     layers: Mapping[ComponentName, Mapping[str, LowRank]]
     fit_errors: Mapping[ComponentName, Mapping[str, float]] = field(default_factory=dict)
+    tensors_sha256: str = ""
+    """Of what lies behind the file's header, by which A1111 and Civitai know it."""
 
     @property
     def rank(self) -> int:

@@ -57,7 +57,8 @@ def resolve_adapter(
                 _require_fit(file, match, error, error_limit, rank_limit)
                 errors.setdefault(match.component, {})[match.layer] = error
             found.setdefault(match.component, {})[match.layer] = pair
-        return Adapter(name or file.path.stem, file.path, digest.result(), found, errors)
+        hashes = digest.result()
+        return Adapter(name or file.path.stem, file.path, hashes.file, found, errors, hashes.tensors)
 
 
 def _find_pair(

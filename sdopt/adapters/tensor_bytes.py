@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,16 @@ from sdopt.weights.safetensors_header import TensorRef
 
 Array = npt.NDArray[np.float32]
 _HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileHashes:
+    """SHA-256, 64 hex digits: of the file, and of what lies behind its header (AutoV3), which stays the same where
+    somebody edits the metadata. Empty where a file is not .safetensors.
+    """
+
+    file: str
+    tensors: str
 
 
 class TensorReader:
@@ -56,16 +67,21 @@ class TensorReader:
         """The tensors of a layer by their part."""
         return {part: self.read(ref) for part, ref in layer.parts.items()}
 
-    def start_hash(self) -> Future[str]:
-        """SHA-256 of the file, 64 hex digits, found beside the reading: hashlib lets other threads run."""
+    def start_hash(self) -> Future[FileHashes]:
+        """Found beside the reading: hashlib lets other threads run."""
         return self._pool.submit(self._hash)
 
-    def _hash(self) -> str:
-        digest, buffer, at = hashlib.sha256(), bytearray(_HASH_CHUNK_BYTES), 0
+    def _hash(self) -> FileHashes:
+        whole, tensors = hashlib.sha256(), hashlib.sha256()
+        buffer, at, header_bytes = bytearray(_HASH_CHUNK_BYTES), 0, 0
         while count := os.preadv(self._file.fileno(), [buffer], at):
-            digest.update(memoryview(buffer)[:count])
+            data = memoryview(buffer)[:count]
+            whole.update(data)
+            if at == 0:
+                header_bytes = 8 + int.from_bytes(data[:8], "little")
+            tensors.update(data[max(0, header_bytes - at) :])
             at += count
-        return digest.hexdigest()
+        return FileHashes(whole.hexdigest(), tensors.hexdigest() if self._path.suffix == ".safetensors" else "")
 
 
 def read_tensor(ref: TensorRef) -> Array:

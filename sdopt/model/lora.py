@@ -29,7 +29,8 @@ class LoraChoice:
 class LoraUse(BaseModel):
     """A LoRA of a request. `source` is a path, or the name of a file without its folder.
 
-    `sha256` is that of the file, where it has to be a certain one. `name` is that of the adapter in a pipeline.
+    `sha256` is that of the file, where it has to be a certain one, and `autov3` that of what lies behind its header, by
+    which A1111 and Civitai know it. `name` is that of the adapter in a pipeline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +39,7 @@ class LoraUse(BaseModel):
     unet: float = Field(default=1.0, ge=-_WEIGHT_LIMIT, le=_WEIGHT_LIMIT)
     text: float = Field(default=1.0, ge=-_WEIGHT_LIMIT, le=_WEIGHT_LIMIT)
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    autov3: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     name: str = Field(default="", exclude=True)
 
 

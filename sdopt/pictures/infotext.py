@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from sdopt.errors import ArtifactError, UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest, parse_request
 
 _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+# As kohya's scripts and Civitai show AutoV3.
+_LORA_HASH_DIGITS = 12
 # How many settings the last line must have to be one of settings, and not the prompt's.
 _LEAST_SETTINGS = 3
 
@@ -28,8 +33,12 @@ def format_infotext(
     model: str,
     model_hash: str,
     version: str,
+    loras: Sequence[LoraUse] = (),
 ) -> str:
-    """A request as A1111 writes it. `size_px` is (width, height); `model_hash` may be empty."""
+    """A request as A1111 writes it. `size_px` is (width, height); `model_hash` may be empty. `loras` are those that
+    acted, of which A1111 knows no other place than the prompt.
+    """
+    tags = "".join(_format_tag(use) for use in request.loras)
     settings = {
         "Steps": request.steps,
         "Sampler": sampler,
@@ -39,11 +48,25 @@ def format_infotext(
         "Model hash": model_hash,
         "Model": model,
         "Clip skip": "" if request.clip_skip is None else request.clip_skip + 1,
+        "Lora hashes": ", ".join(
+            f"{_name_of(use)}: {use.autov3[:_LORA_HASH_DIGITS]}" for use in dict.fromkeys(loras) if use.autov3
+        ),
         "Version": version,
     }
     last = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value != "")
     negative = f"\n{_NEGATIVE} {request.negative_prompt}" if request.negative_prompt else ""
-    return f"{request.prompt}{negative}\n{last}".strip()
+    return f"{request.prompt}{tags}{negative}\n{last}".strip()
+
+
+def _format_tag(use: LoraUse) -> str:
+    """A1111 has the text encoders' weight first."""
+    weights = f"{use.unet:g}" if use.unet == use.text else f"{use.text:g}:{use.unet:g}"
+    return f" <lora:{_name_of(use)}:{weights}>"
+
+
+def _name_of(use: LoraUse) -> str:
+    name = PurePath(use.source).name
+    return name.removesuffix(".safetensors")
 
 
 def parse_infotext(text: str) -> DrawRequest:

@@ -139,7 +139,7 @@ def _encode(image: Image.Image, recipe: PictureRecipe, sampler: str, model_hash:
 
     infotext = format_infotext(
         recipe.request, size_px=image.size, sampler=sampler, model=recipe.bundle, model_hash=model_hash,
-        version=f"sdopt {__version__}",
+        version=f"sdopt {__version__}", loras=recipe.loras,
     )  # fmt: skip
     texts = PngInfo()
     # PIL writes tEXt, and iTXt (UTF-8) where Latin-1 does not have a character.

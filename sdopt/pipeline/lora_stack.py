@@ -39,6 +39,7 @@ class LoadedAdapter:
     sha256: str
     path: Path
     pairs: Mapping[ComponentName, Mapping[str, Pair]]
+    tensors_sha256: str = ""
     of_request: bool = False
     """Loaded for a request that names it: diffusers' methods do not list it, and never make it active."""
 
@@ -95,7 +96,7 @@ class LoraStack:
                 a, b = lay_out(slot, torch.from_numpy(pair.down), torch.from_numpy(pair.up))
                 laid[layer] = (a.to(session.device, session.slot_dtype), b.to(session.device, session.slot_dtype))
             pairs[component] = laid
-        loaded = LoadedAdapter(adapter.name, adapter.sha256, adapter.path, pairs, of_request)
+        loaded = LoadedAdapter(adapter.name, adapter.sha256, adapter.path, pairs, adapter.tensors_sha256, of_request)
         self.adapters[adapter.name] = loaded
         return loaded
 

@@ -110,14 +110,14 @@ def load_loras(
         name = _name_of(path)
         if name not in stack.adapters:
             stack.load(path, name, error_limit=ERROR_LIMIT, of_request=True)
-        sha256 = stack.adapters[name].sha256
+        sha256, autov3 = stack.adapters[name].sha256, stack.adapters[name].tensors_sha256
         wanted = use.sha256 or expected.get(use.source, "")
         if wanted not in ("", sha256):
             raise AdapterError(
                 f"{path} is another file than the LoRA {use.source!r} that the picture was drawn with",
                 hint="put the file of that picture in its place, or give the prompt and leave out --from-image",
             )
-        used.append(use.model_copy(update={"sha256": sha256, "name": name}))
+        used.append(use.model_copy(update={"sha256": sha256, "autov3": autov3, "name": name}))
     return tuple(used)
 
 

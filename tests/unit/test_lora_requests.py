@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -134,6 +135,9 @@ def test_a_picture_is_drawn_again_from_its_file_and_not_with_another_lora(work: 
     first = draw_files(work / "bundle", tmp_path / "first.png", [request], lora_folders=[folder])[0]
     recipe = read_recipe(first.path)
     assert [(use.source, use.unet, use.text, len(use.sha256)) for use in recipe.loras] == [("ink", 0.8, 0.8, 64)]
+    data = (folder / "ink.safetensors").read_bytes()
+    behind = data[8 + int.from_bytes(data[:8], "little") :]
+    assert recipe.loras[0].autov3 == hashlib.sha256(behind).hexdigest() != recipe.loras[0].sha256
     assert str(folder) not in json.dumps(recipe.model_dump(mode="json")), "a picture tells no folders"
     expected = {use.source: use.sha256 for use in recipe.loras}
     again = draw_files(

@@ -17,10 +17,12 @@ from PIL.PngImagePlugin import PngInfo
 from sdopt.bundle.manifest import write_manifest
 from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, DrawingError, SdoptError, UsageError
+from sdopt.model.lora import LoraUse
 from sdopt.model.request import TextToImage
 from sdopt.model.samplers import SCHEDULERS, SchedulerName
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
+from sdopt.tasks.loras import list_loras
 from tests.reference_session import TINY_SHAPES, make_bundle
 
 # Schedulers of diffusers 0.42 call numpy on tensors, whose torch 2.13 speaks numpy 1's protocol.
@@ -69,6 +71,23 @@ def test_other_programs_can_read_it(tmp_path: Path) -> None:
             "Size: 8x8, Model hash: 0123456789, Model: tiny, Clip skip: 2, Version: sdopt 0.1.0"
         )
         assert json.loads(image.text["sdopt"])["request"]["seed"] == 5
+
+
+def test_other_programs_learn_of_the_loras(tmp_path: Path) -> None:
+    """By the prompt, where A1111 looks for them with the text encoders' weight first, and by AutoV3."""
+    listed = LoraUse(source="/loras/ink.safetensors", unet=0.8, text=0.5)
+    tagged = LoraUse(source="glow", unet=-0.3, text=-0.3, autov3="cd" * 32)
+    used = (listed.model_copy(update={"autov3": "ab" * 32}), tagged)
+    request = TextToImage(prompt="a castle <lora:glow:-0.3>", seed=5, steps=4, loras=(listed,))
+    recipe = PictureRecipe(bundle="tiny", request=request, loras=used)
+    path = write_picture(tmp_path, Image.new("RGB", (8, 8)), recipe, sampler="Euler a", model_hash="0123456789")
+    with Image.open(path) as image:
+        text = image.text["parameters"]
+    assert text.startswith("a castle <lora:glow:-0.3> <lora:ink:0.5:0.8>\n")
+    assert 'Lora hashes: "ink: abababababab, glow: cdcdcdcdcdcd"' in text
+    # And back: what A1111 would draw of it is what was drawn.
+    read = list_loras(parse_infotext(text))
+    assert [(use.source, use.unet, use.text) for use in read] == [("glow", -0.3, -0.3), ("ink", 0.8, 0.5)]
 
 
 @pytest.mark.parametrize(
