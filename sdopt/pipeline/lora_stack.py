@@ -7,7 +7,7 @@ put side by side along the rank, with the weights in B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from sdopt.pipeline.lora_scales import LayerScales
 from sdopt.weights.safetensors_header import TensorRef, read_header
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+REQUEST_LIMIT_BYTES = 2_000_000_000
+"""Of the adapters that were loaded for requests and not by the user: some twenty of 100 MB."""
 Weights = Mapping[ComponentName, LayerScales]
 
 
@@ -42,6 +44,10 @@ class LoadedAdapter:
     tensors_sha256: str = ""
     of_request: bool = False
     """Loaded for a request that names it: diffusers' methods do not list it, and never make it active."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for layers in self.pairs.values() for a, b in layers.values())
 
     @property
     def components(self) -> tuple[ComponentName, ...]:
@@ -64,14 +70,17 @@ class LoraStack:
         self._call_scale = 1.0
         self._tensors: dict[ComponentName, Mapping[str, TensorRef]] = {}
 
-    def load(self, path: Path, name: str, *, error_limit: float, of_request: bool = False) -> LoadedAdapter:
-        """Read an adapter's file for these engines; it is not active yet.
+    def load(
+        self, path: Path, name: str, *, error_limit: float, of_request: bool = False, kept: Collection[str] = ()
+    ) -> LoadedAdapter:
+        """Read an adapter's file for these engines; it is not active yet. One of a request may push out those of other
+        requests, but not `kept`.
 
         Raises `AdapterError` for a file that is not one, or that these engines do not take, and `UsageError` where the
         bundle has no slots.
         """
         adapter = self.resolve(read_adapter_file(path), name, error_limit=error_limit)
-        return self.add(adapter, of_request=of_request)
+        return self.add(adapter, of_request=of_request, kept=kept)
 
     def resolve(self, file: AdapterFile, name: str, *, error_limit: float) -> Adapter:
         self.require_slots()
@@ -85,7 +94,7 @@ class LoraStack:
             file, layers, slots=slots, rank_limit=rank, error_limit=error_limit, base=base, name=name
         )  # fmt: skip
 
-    def add(self, adapter: Adapter, *, of_request: bool = False) -> LoadedAdapter:
+    def add(self, adapter: Adapter, *, of_request: bool = False, kept: Collection[str] = ()) -> LoadedAdapter:
         pairs: dict[ComponentName, dict[str, Pair]] = {}
         for component, layers in adapter.layers.items():
             session = self._sessions[component]
@@ -98,7 +107,21 @@ class LoraStack:
             pairs[component] = laid
         loaded = LoadedAdapter(adapter.name, adapter.sha256, adapter.path, pairs, adapter.tensors_sha256, of_request)
         self.adapters[adapter.name] = loaded
+        if of_request:
+            self._make_room({adapter.name, *kept})
         return loaded
+
+    def _make_room(self, kept: Collection[str]) -> None:
+        """Forget what requests have not used for longest, beyond `REQUEST_LIMIT_BYTES`: a server sees any number."""
+        loaded = [each for each in self.adapters.values() if each.of_request]
+        total = sum(each.nbytes for each in loaded)
+        for each in loaded:
+            if total <= REQUEST_LIMIT_BYTES:
+                return
+            if each.name not in kept and each.name not in self.active:
+                del self.adapters[each.name]
+                self._weights.pop(each.name, None)
+                total -= each.nbytes
 
     def require_slots(self) -> None:
         """Raise `UsageError` for a bundle without slots."""
@@ -119,6 +142,9 @@ class LoraStack:
         together than the slots have.
         """
         self.require_names(list(weights))
+        for name in weights:
+            if self.adapters[name].of_request:  # their order is that of their last use
+                self.adapters[name] = self.adapters.pop(name)
         before = self.active
         self.active = dict(weights)
         try:

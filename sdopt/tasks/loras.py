@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from sdopt.model.suggest import suggest
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from sdopt.pipeline.lora_stack import LoraStack
+    from sdopt.pipeline.lora_stack import LoadedAdapter, LoraStack
 
 _SUFFIX = ".safetensors"
 
@@ -99,7 +99,6 @@ def load_loras(
     `expected` are digests by `source`. Raises `AdapterError` for a file that is missing, that the engines do not take,
     or that is another than was expected.
     """
-    from sdopt.adapters.resolve import ERROR_LIMIT
     from sdopt.pipeline.lora_methods import stack_of
 
     used = []
@@ -108,9 +107,8 @@ def load_loras(
         stack.require_slots()
         path = finder.find(use.source).resolve()
         name = _name_of(path)
-        if name not in stack.adapters:
-            stack.load(path, name, error_limit=ERROR_LIMIT, of_request=True)
-        sha256, autov3 = stack.adapters[name].sha256, stack.adapters[name].tensors_sha256
+        loaded = _load(stack, name, path)
+        sha256, autov3 = loaded.sha256, loaded.tensors_sha256
         wanted = use.sha256 or expected.get(use.source, "")
         if wanted not in ("", sha256):
             raise AdapterError(
@@ -126,6 +124,24 @@ def _name_of(path: Path) -> str:
     return f"{path}@{path.stat().st_mtime_ns}"
 
 
+def _load(stack: LoraStack, name: str, path: Path, kept: Collection[str] = ()) -> LoadedAdapter:
+    from sdopt.adapters.resolve import ERROR_LIMIT
+
+    if name in stack.adapters:
+        return stack.adapters[name]
+    return stack.load(path, name, error_limit=ERROR_LIMIT, of_request=True, kept=kept)
+
+
+def _load_again(stack: LoraStack, used: Sequence[LoraUse]) -> None:
+    """What other requests have pushed out since this one was prepared. Raises `AdapterError` for another file."""
+    kept = [use.name for use in used]
+    for use in used:
+        path = Path(use.name.rpartition("@")[0])
+        if use.name not in stack.adapters and _load(stack, use.name, path, kept).sha256 != use.sha256:
+            stack.drop([use.name])
+            raise AdapterError(f"{path} was changed while requests were drawn", hint="draw the request again")
+
+
 @contextmanager
 def active_loras(pipe: Any, used: Sequence[LoraUse]) -> Iterator[None]:
     """While open, just these LoRAs act; where there are none, what the user has made active does."""
@@ -135,6 +151,7 @@ def active_loras(pipe: Any, used: Sequence[LoraUse]) -> Iterator[None]:
     from sdopt.pipeline.lora_methods import stack_of
 
     stack = stack_of(pipe)
+    _load_again(stack, used)
     with _put_back(stack):
         stack.activate(_add_up(used))
         stack.enable(on=True)

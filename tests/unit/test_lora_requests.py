@@ -20,7 +20,9 @@ from sdopt.errors import AdapterError, UsageError
 from sdopt.model.lora import LoraUse
 from sdopt.model.request import parse_request
 from sdopt.pictures.png import read_recipe
+from sdopt.pipeline import lora_stack
 from sdopt.pipeline.load import close_engines
+from sdopt.tasks.draw import draw_pictures
 from sdopt.tasks.draw_files import draw_files
 from sdopt.tasks.loras import LoraFinder, list_loras
 from tests.slotted_bundle import add_slots_to, write_lora
@@ -88,6 +90,25 @@ def test_one_that_is_named_twice_acts_with_the_sum(pipe: Any, work: Path) -> Non
     twice = draw(pipe, work, f"<lora:ink:0.25>{PROMPT}<lora:ink:0.5>")
     assert np.array_equal(twice, draw(pipe, work, f"{PROMPT}<lora:ink:0.75>"))
     assert np.array_equal(draw(pipe, work, f"<lora:ink:0.5>{PROMPT}<lora:ink:-0.5>"), draw(pipe, work))
+
+
+def test_what_requests_loaded_makes_room_and_is_loaded_again(
+    pipe: Any, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = pipe.unet.loras
+    pipe.load_lora_weights(work / "loras" / "ink.safetensors", adapter_name="mine")
+    right = [draw(pipe, work, f"{PROMPT}<lora:{name}:1>") for name in ("ink", "glow")]
+    monkeypatch.setattr(lora_stack, "REQUEST_LIMIT_BYTES", 1)
+    # Both are prepared before the first is drawn: the second pushes the first out.
+    requests = [{"prompt": f"{PROMPT}<lora:{name}:1>", "steps": 3, "seed": 3} for name in ("ink", "glow")]
+    stack.drop([name for name, adapter in stack.adapters.items() if adapter.of_request])
+    drawn = list(draw_pictures(pipe, [parse_request(each) for each in requests], loras=LoraFinder([work / "loras"])))
+    assert all(np.array_equal(np.array(image), expected) for image, expected in zip(drawn, right, strict=True))
+    assert [adapter.of_request for adapter in stack.adapters.values()].count(True) == 1
+    # Two in one picture are both there, whatever the limit.
+    assert not np.array_equal(draw(pipe, work, f"{PROMPT}<lora:ink:1><lora:glow:1>"), right[1])
+    assert "mine" in stack.adapters, "what the user loaded is the user's to drop"
+    pipe.unload_lora_weights()
 
 
 def test_names_are_found_by_file_and_by_alias(work: Path) -> None:
