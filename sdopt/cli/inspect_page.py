@@ -51,7 +51,7 @@ def _list_adapters(adapters: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
 
 
 def _describe_slots(components: Mapping[str, Any]) -> str:
-    slots = [part["slots"] for part in components.values() if part.get("slots")]
+    slots = [part["slots"] for part in components.values() if part.get("slots") and part["slots"]["slots"]]
     if not slots:
         return "no: it was built without --lora-slots"
     layers = sum(len(each["slots"]) for each in slots)

@@ -96,7 +96,8 @@ def _make_unet(folder: Path, bundle: OpenedBundle, sessions: Mapping[ComponentNa
     unet = EngineUNet(session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor)
     unet.bundle = bundle
     slotted = {name: found for name, opened in sessions.items() if (found := find_slotted(opened)) is not None}
-    unet.loras = LoraStack(folder, bundle.manifest, slotted)
+    loras = {name: session for name, session in slotted.items() if session.slots.slots}
+    unet.loras = LoraStack(folder, bundle.manifest, loras)
     return unet
 
 
