@@ -56,6 +56,11 @@ class WordFile:
     shapes: WordShapes
     vectors: Mapping[str, Array]
 
+    @property
+    def shown(self) -> str:
+        """What messages call it; tensors that are in no file have no path."""
+        return "the table of tensors" if self.path == Path() else str(self.path)
+
 
 def is_word(path: Path) -> bool:
     """Whether a safetensors file holds a word, sound or not. False for what cannot be read."""
@@ -144,6 +149,10 @@ def _find_parts(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, dict[s
         token = key.removeprefix(PICKLE_PREFIX)
         return "A1111", "" if token in _NAMELESS else token, {"": key}
     # A single weight of a network is no word: its name has dots.
-    if len(shapes[key]) > 2 or math.prod(shapes[key]) > MOST_VECTORS * _WIDEST * 4 or key.endswith((".weight", ".bias")):
+    if (
+        len(shapes[key]) > 2
+        or math.prod(shapes[key]) > MOST_VECTORS * _WIDEST * 4
+        or key.endswith((".weight", ".bias"))
+    ):
         return None
     return "diffusers", "" if key in _NAMELESS else key, {"": key}

@@ -95,7 +95,9 @@ def _component_of(pipe: Any, tokenizer: Any, text_encoder: Any) -> ComponentName
         for name in names:
             if getattr(pipe, name, None) is given:
                 return ComponentName(name.replace("tokenizer", "text_encoder"))
-        raise UsageError(f"the {names[0]} that was given is none of this pipeline", hint=f"give pipe.{names[0]}, or none")
+        raise UsageError(
+            f"the {names[0]} that was given is none of this pipeline", hint=f"give pipe.{names[0]}, or none"
+        )
     return None
 
 

@@ -67,7 +67,7 @@ class WordStack:
                 raise self._other_family(file, f"{component} has {slots[component].width}")
             dtype = self._sessions[component].slot_dtype
             if not torch.isfinite(value.to(dtype)).all():
-                raise AdapterError(f"{file.path} has numbers that {str(dtype).removeprefix('torch.')} cannot hold")
+                raise AdapterError(f"{file.shown} has numbers that {str(dtype).removeprefix('torch.')} cannot hold")
             vectors[component] = value
         if only is None and (left := [part for part in file.vectors if part and _PARTS[part] not in wanted]):
             # The refiner has one of SDXL's two text encoders.
@@ -80,7 +80,7 @@ class WordStack:
         family, own = file.shapes.family, self._manifest.family
         of = f" of {family.label}" if family is not None and family is not own else ""
         return AdapterError(
-            f"{file.path} is a word{of} with vectors of {widths} numbers, and {what}: it does not fit this "
+            f"{file.shown} is a word{of} with vectors of {widths} numbers, and {what}: it does not fit this "
             f"{own.label} bundle",
             hint=f"take a textual inversion that was trained on {own.label}",
         )
@@ -144,15 +144,16 @@ class WordStack:
     def guests(self, words: Sequence[LoadedWord]) -> Iterator[None]:
         """While open, these words act beside those that the user has loaded, and in place of those of the same name."""
         before = self.words
-        taken = {self._key_of(word.name) for word in words}
-        kept = {name: word for name, word in before.items() if self._key_of(name) not in taken}
+        taken = {self.key_of(word.name) for word in words}
+        kept = {name: word for name, word in before.items() if self.key_of(name) not in taken}
         self.set({**kept, **{word.name: word for word in words}})
         try:
             yield
         finally:
             self.set(before)
 
-    def _key_of(self, name: str) -> tuple[Unit, ...]:
+    def key_of(self, name: str) -> tuple[Unit, ...]:
+        """The same for two names that prompts cannot tell apart. Raises `UsageError` for a name that none can have."""
         return tuple(self._ids_of(component, name) for component in self._tokenizers)
 
     def _ids_of(self, component: ComponentName, name: str) -> Unit:
