@@ -107,7 +107,8 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], shown: str, odd: list[st
     found = _find_parts(shapes)
     if found is None:
         raise AdapterError(
-            f"{shown} is not a textual inversion: it has {len(shapes)} tensors, among them {min(shapes, default='')[:60]!r}",
+            f"{shown} is not a textual inversion: it has {len(shapes)} tensors, "
+            f"among them {min(shapes, default='')[:60]!r}",
             hint="give a file with emb_params, with clip_l and clip_g, or with one tensor that is called as its word",
         )
     writer, token, parts = found

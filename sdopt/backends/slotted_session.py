@@ -1,7 +1,9 @@
 """A component with LoRA slots, or with a place for words: two engines over one weight file, of which one runs.
 
 While no adapter is in the slots, and no loaded word in the text, the plain engine runs, so that a picture without them
-costs nothing and has the same bytes as ever. Runtimes keep their own copy of the weights in each open engine: where the machine has no room for two,
+costs nothing and has the same bytes as ever.
+
+Runtimes keep their own copy of the weights in each open engine: where the machine has no room for two,
 the one that does not run is closed, and opened again when it is needed.
 """
 

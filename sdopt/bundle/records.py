@@ -230,10 +230,6 @@ class ComponentRecord(Record):
     """Null where the component takes neither LoRAs nor words."""
 
     @property
-    def takes_loras(self) -> bool:
-        return self.slots is not None and bool(self.slots.slots)
-
-    @property
     def every_plan(self) -> tuple[PlanRecord, ...]:
         """Those of the second graph, too."""
         return (*self.plans, *(self.slots.plans if self.slots is not None else ()))

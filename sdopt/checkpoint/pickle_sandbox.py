@@ -84,8 +84,10 @@ _REFUSED_BY_TORCH = (
 def convert_pickle(path: Path, *, of_word: bool = False) -> Path:
     """The same tensors as a safetensors file in the cache, by the pickle's SHA-256; converted once.
 
-    With `of_word`, the vectors of a textual inversion: A1111 keeps them in a table below the others, and the word beside
-    them, which `string_to_param/WORD` then names. Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError`
+    With `of_word`, the vectors of a textual inversion: A1111 keeps them in a table below the others, and the word
+    beside them, which `string_to_param/WORD` then names.
+
+    Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError`
     for one that is truncated or holds no tensors.
     """
     if not path.is_file():

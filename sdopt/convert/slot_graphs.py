@@ -14,8 +14,8 @@ from pathlib import Path
 from sdopt.bundle.records import GraphAudit, ParityRecord, SlotsRecord
 from sdopt.convert.build import Build, Stage, Step
 from sdopt.convert.cost import COPY_BYTES_PER_S, cost_of
-from sdopt.convert.plan import BuildPlan
 from sdopt.convert.parity import SHELF, choose_runtime, describe_failure, describe_job, parity_key, run_jobs
+from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import digest_of
 from sdopt.disk.files import hash_file, write_file
 from sdopt.model.component import ComponentName

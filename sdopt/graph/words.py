@@ -19,9 +19,9 @@ _IDS = "input_ids"
 def add_words(model: ir.Model) -> WordSlot:
     """Give a text encoder the input `WORDS_INPUT`, [vectors, width] of the outputs' type, in place.
 
-    An id at or above the vocabulary's size is a row of it, counted from there. Whatever else looks at ids, as the search
-    for the end of the text does, sees 0 in its place: the highest id would otherwise be taken for the end. Raises
-    `ExportError` where the graph has no one table of tokens.
+    An id at or above the vocabulary's size is a row of it, counted from there. Whatever else looks at ids, as the
+    search for the end of the text does, sees 0 in its place: the highest id would otherwise be taken for the end.
+    Raises `ExportError` where the graph has no one table of tokens.
     """
     graph = model.graph
     ids = next(value for value in graph.inputs if value.name == _IDS)
@@ -31,8 +31,6 @@ def add_words(model: ir.Model) -> WordSlot:
     gather = tables[0].node
     vocabulary, width = tables[0].layer.shape
     known = gather.outputs[0]
-    asked = gather.inputs[1]
-    assert asked is not None and known.name is not None
     users, places = list(known.uses()), list(ids.uses())
 
     size = _constant(graph, "words_vocabulary", np.array(vocabulary, np.int64))

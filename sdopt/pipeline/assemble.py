@@ -109,8 +109,8 @@ def _make_words(
 ) -> WordStack:
     encoders = [name for name in sessions if name.is_text_encoder]
     slotted = {name: found for name in encoders if (found := find_slotted(sessions[name])) is not None}
-    found = {name: parts[name.value.replace("text_encoder", "tokenizer")] for name in encoders}
-    return WordStack(folder, manifest, slotted, {name: each for name, each in found.items() if each is not None})
+    every = {name: parts[name.value.replace("text_encoder", "tokenizer")] for name in encoders}
+    return WordStack(folder, manifest, slotted, {name: each for name, each in every.items() if each is not None})
 
 
 def _make_text_encoder(

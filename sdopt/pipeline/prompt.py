@@ -48,7 +48,8 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
     def set_words(self, ids: Mapping[Unit, Unit], names: Iterable[str]) -> None:
         """Let the words of these `names` stand for other ids: `ids` are those, by `ids_of_word`."""
         # CLIP makes one token of all punctuation in a row: `<cat>,` would end in another than `<cat>` does.
-        edged = sorted((name for name in names if not (name[0].isalnum() and name[-1].isalnum())), key=len, reverse=True)
+        edged = [name for name in names if not (name[0].isalnum() and name[-1].isalnum())]
+        edged.sort(key=len, reverse=True)
         self._parted = re.compile("|".join(map(re.escape, edged)), re.IGNORECASE) if edged else None
         self.extra_words = MappingProxyType(dict(ids))
 

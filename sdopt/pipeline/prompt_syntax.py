@@ -6,7 +6,8 @@ What sdopt reads is in `prompt_grammar`. The rule for the rest, for text that no
   and `AND_TOPK` of Neutral Prompt.
 - `ADDCOL`, `ADDROW`, `ADDBASE` and `ADDCOMM` in capitals, of Regional Prompter.
 - `{` with a later `}`: `{a|b}` of dynamic prompts and ComfyUI, `{word}` of NovelAI.
-- `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion that is not loaded. `<3` and `a < b` are characters.
+- `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion that is not loaded. `<3` and
+  `a < b` are characters.
 - `embedding:name` of ComfyUI, at the start of a word; `embedding: name` is words.
 - `__name__`, a wildcard of dynamic prompts. `snake_case`, `^__^` and `____` are characters.
 - `--name` at the start of a word and `word::2`, of Midjourney. `--` alone and `16:9` are characters.

@@ -62,8 +62,9 @@ class _WordMethods:
         sources = list(given) if isinstance(given, (list, tuple)) else [given]
         tokens = [token] * len(sources) if token is None or isinstance(token, str) else list(token)
         if len(tokens) != len(sources) or (isinstance(token, str) and len(sources) > 1):
+            many = 1 if isinstance(token, str) else len(tokens)
             raise UsageError(
-                f"there are {len(sources)} textual inversions and {1 if isinstance(token, str) else len(tokens)} tokens",
+                f"there are {len(sources)} textual inversions and {many} tokens",
                 hint="give a token for each, or none",
             )
         stack = words_of(self)

@@ -1,5 +1,5 @@
-"""The words that textual inversion has added to a loaded pipeline: their vectors in the text encoders' engines, and their
-ids in the tokenizers.
+"""The words that textual inversion has added to a loaded pipeline: vectors in the text encoders' engines, and ids in
+the tokenizers.
 
 Nothing is rebuilt: ids from the vocabulary's end on are rows of an input. Rows are dealt out anew whenever a word comes
 or goes.
@@ -29,7 +29,7 @@ _PARTS = {"clip_l": ComponentName.TEXT_ENCODER, "clip_g": ComponentName.TEXT_ENC
 
 @dataclass(frozen=True)
 class LoadedWord:
-    """`name` is what prompts call it; `vectors`, fp32 [vectors, width], are those of each text encoder that knows it."""
+    """`name` is what prompts call it; `vectors`, fp32 [vectors, width], are those of the text encoders that know it."""
 
     name: str
     path: Path
@@ -69,10 +69,10 @@ class WordStack:
             if not torch.isfinite(value.to(dtype)).all():
                 raise AdapterError(f"{file.shown} has numbers that {str(dtype).removeprefix('torch.')} cannot hold")
             vectors[component] = value
-        if only is None and (left := [part for part in file.vectors if part and _PARTS[part] not in wanted]):
-            # The refiner has one of SDXL's two text encoders.
-            if ComponentName.TEXT_ENCODER in wanted:
-                raise self._other_family(file, f"nothing here takes {left[0]}")
+        left = [part for part in file.vectors if part and _PARTS[part] not in wanted]
+        # The refiner has one of SDXL's two text encoders.
+        if only is None and left and ComponentName.TEXT_ENCODER in wanted:
+            raise self._other_family(file, f"nothing here takes {left[0]}")
         return LoadedWord(name, file.path, file.sha256, vectors)
 
     def _other_family(self, file: WordFile, what: str) -> AdapterError:

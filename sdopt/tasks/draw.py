@@ -39,7 +39,8 @@ def draw_pictures(
 
     Each picture has its own generator, so its noise depends on its seed alone. `on_step` is told the share of all the
     work that is done; `names` are what the user calls the fields of a request. `loras` finds the LoRAs that requests
-    name, whose digests are those of `expected_loras`, and of their textual inversions `expected_words`; `on_prepared` is told what was found, before the first picture.
+    name, whose digests are those of `expected_loras`, and those of textual inversions of `expected_words`;
+    `on_prepared` is told what was found, before the first picture.
     `pipe` is of `sdopt.load`; where no request names a scheduler, any text-to-image pipeline. Several threads may draw
     with one pipeline: each group of pictures waits for its turn.
 

@@ -66,7 +66,8 @@ def draw_files(
     `output` is a folder, made where it is missing, or the .png file of the only picture; nothing is overwritten.
     `on_bundle` is told the digest of the bundle before anything is drawn, `on_step` the share of the work done, and
     `names` are what the user calls the fields of a request. LoRAs are looked for in `lora_folders`, and their files
-    have the digests of `expected_loras`, by name, as those of textual inversions `expected_words`. Raises what `draw_pictures` and `sdopt.load` raise,
+    have the digests of `expected_loras`, by name, and those of textual inversions of `expected_words`. Raises what
+    `draw_pictures` and `sdopt.load` raise,
     `UsageError` for an output that cannot be, and `ArtifactError` or `MissingHardware` where it cannot be written.
     """
     from sdopt.pipeline.assemble import read_scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def with_words(inputs: Mapping[str, Tensor], words: WordSlot) -> dict[str, Tenso
 
 
 class WordTable(nn.Module):
-    """A table of tokens in front of each text of which are the seeded words, whatever ids it is given there."""
+    """A table of tokens that gives the seeded words in front of each text, whatever ids are there."""
 
     def __init__(self, table: nn.Module, vectors: Tensor) -> None:
         super().__init__()
@@ -43,5 +44,5 @@ def put_words(network: nn.Module, words: WordSlot) -> None:
 
     It is then given a text without them: as the highest ids, some configs would pool there.
     """
-    parent = next(module for module in network.modules() if hasattr(module, "token_embedding"))
+    parent: Any = next(module for module in network.modules() if hasattr(module, "token_embedding"))
     parent.token_embedding = WordTable(parent.token_embedding, make_vectors(words))
