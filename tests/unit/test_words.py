@@ -49,7 +49,7 @@ def torch_pipe() -> Any:
 
 
 def encode(pipe: Any, prompt: str) -> Tensor:
-    states: Tensor = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+    states: Tensor = pipe.encode_prompt(prompt, "cpu", 1, False)[0].detach()
     return states
 
 
@@ -119,7 +119,8 @@ def test_a_chunk_ends_before_a_word_and_not_inside(pristine_bundle: Path, shared
         a = encode(pipe, "a")
         filler = " ".join(["a"] * 74)
         states = encode(pipe, f"{filler} glow")
-        assert states.shape[1] == 154 and a.shape[1] == 77
+        assert states.shape[1] == 154
+        assert a.shape[1] == 77
         assert error_of(states[:, 77:], encode(pipe, "glow")) <= LIMIT
         assert error_of(states[:, :77], encode(pipe, filler)) <= LIMIT
     finally:
@@ -211,7 +212,8 @@ def test_a_pickle_that_runs_code_runs_none(engines: Any, tmp_path: Path) -> None
 def test_an_id_that_stands_for_nothing_never_reaches_the_runtime(engines: Any) -> None:
     engines.load_textual_inversion({"glow": ONE})
     session = find_slotted(engines.text_encoder.session)
-    assert session is not None and session.slots.words is not None
+    assert session is not None
+    assert session.slots.words is not None
     ids = torch.full((1, 77), session.slots.words.vocabulary + 1)
     with pytest.raises(BackendError, match="stands for no word"):
         session.run({"input_ids": ids})
