@@ -130,7 +130,7 @@ def _describe(piece: SyntaxPiece) -> str:
     if piece.meaning == _MARK:
         return f"the prompt has {piece.text!r}, which text encoders take for {_MARK}"
     if piece.meaning == _WORD:
-        return f"the prompt has {piece.text!r}, the token of a textual inversion that is not loaded"
+        return f"the prompt has {piece.text!r}, which other programs read as {_WORD}, and none of that name is loaded"
     return f"the prompt has {piece.text!r}, which other programs read as {piece.meaning} and sdopt does not"
 
 
