@@ -26,7 +26,7 @@ def add_slots_to(bundle: Path, folder: Path, layers: SlotSet = SlotSet.ALL, rank
     for name in (name for name in manifest.components if name.takes_adapters):
         audit = components[name].audit
         graph = write_slots(SlotJob(folder / name, layers, audit.attention_layers))
-        slots = SlotsRecord(layers=layers, rank=rank, slots=graph.slots, audit=graph.audit)
+        slots = SlotsRecord(layers=layers, rank=rank, slots=graph.slots, words=graph.words, audit=graph.audit)
         components[name] = components[name].model_copy(update={"slots": slots})
         files[f"{name}/{SLOTS_GRAPH_NAME}"] = record_file(folder / name / SLOTS_GRAPH_NAME)
     recipe = manifest.recipe.model_copy(update={"lora_slots": f"{layers}:{rank}"})

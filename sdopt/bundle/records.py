@@ -13,7 +13,7 @@ from sdopt.model.backend_settings import BackendSettings
 from sdopt.model.component import ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import CalibrationSettings, ComponentQuantization, Scheme
-from sdopt.model.slots import Slot, SlotSet
+from sdopt.model.slots import Slot, SlotSet, WordSlot
 
 
 class BakedAdapter(Record):
@@ -196,15 +196,18 @@ class QuantizationRecord(Record):
 
 
 class SlotsRecord(Record):
-    """A second graph of a component, over the same weight file: with LoRA slots."""
+    """A second graph of a component, over the same weight file: with LoRA slots, or a place for words, or both."""
 
-    layers: SlotSet
-    rank: int
+    layers: SlotSet | None = None
+    """Null where it has no LoRA slots."""
+    rank: int = 0
     """The most that all adapters that are active together may have."""
-    slots: tuple[Slot, ...]
+    slots: tuple[Slot, ...] = ()
+    words: WordSlot | None = None
+    """Of a text encoder: where the vectors of textual inversion go."""
     audit: GraphAudit
     parity: ParityRecord | None = None
-    """Of the 16-bit graph with a seeded adapter in every slot, against torch with the changed weights."""
+    """Of the 16-bit graph with a seeded adapter in every slot, and seeded words, against torch with the same."""
     plans: tuple[PlanRecord, ...] = ()
 
 
@@ -224,11 +227,11 @@ class ComponentRecord(Record):
     quantization: QuantizationRecord | None = None
     plans: tuple[PlanRecord, ...] = ()
     slots: SlotsRecord | None = None
-    """Null where the bundle was built without LoRA slots."""
+    """Null where the component takes neither LoRAs nor words."""
 
     @property
     def every_plan(self) -> tuple[PlanRecord, ...]:
-        """Those of the graph with LoRA slots, too."""
+        """Those of the second graph, too."""
         return (*self.plans, *(self.slots.plans if self.slots is not None else ()))
 
     @property

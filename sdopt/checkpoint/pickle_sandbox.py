@@ -81,15 +81,18 @@ _REFUSED_BY_TORCH = (
 )
 
 
-def convert_pickle(path: Path) -> Path:
+def convert_pickle(path: Path, *, of_word: bool = False) -> Path:
     """The same tensors as a safetensors file in the cache, by the pickle's SHA-256; converted once.
+
+    With `of_word`, the vectors of a textual inversion: A1111 keeps them in a table below the others, and the word
+    beside them, which `string_to_param/WORD` then names.
 
     Raises `UnsafeInputError` for a pickle that wants to run code (nothing of it has run), `CheckpointError`
     for one that is truncated or holds no tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint=_AGAIN)
-    target = open_cache_folder("pickles") / f"{hash_file(path)}.safetensors"
+    target = open_cache_folder("pickles") / f"{hash_file(path)}{'-word' if of_word else ''}.safetensors"
     if target.is_file():
         with contextlib.suppress(SdoptError):
             read_header(target)
@@ -103,7 +106,7 @@ def convert_pickle(path: Path) -> Path:
     try:
         call(
             convert_in_sandbox,
-            {"source": str(path.resolve()), "shown": str(path), "target": str(temporary)},
+            {"source": str(path.resolve()), "shown": str(path), "target": str(temporary), "of_word": of_word},
             timeout_s=_BASE_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S,
             how=How.FRESH,
             memory_limit_bytes=_BASE_LIMIT_BYTES + _LIMIT_PER_BYTE * size_bytes,
@@ -126,7 +129,10 @@ def convert_in_sandbox(arguments: JsonTable) -> JsonTable:
     sys.dont_write_bytecode = True
     with target.open("r+b") as file:
         sys.addaudithook(refuse_event)
-        tensors = _find_tensors(_load(torch, source, arguments["shown"]), torch, arguments["shown"])
+        loaded = _load(torch, source, arguments["shown"])
+        if arguments.get("of_word"):
+            loaded = _lift_vectors(loaded)
+        tensors = _find_tensors(loaded, torch, arguments["shown"])
         _check_size(tensors, source.stat().st_size, arguments["shown"])
         _write(torch, tensors, file, arguments["shown"])
     return {"tensors": len(tensors)}
@@ -284,6 +290,16 @@ def _first_reason(error: Exception) -> str:
         if any(sign in line for sign in _REFUSED_BY_TORCH):
             return line.strip()[:200]
     return text.strip().partition("\n")[0][:200]
+
+
+def _lift_vectors(loaded: Any) -> Any:
+    """A1111's table of vectors under the names that say whose word they are; anything else as it is."""
+    table = loaded.get("string_to_param") if isinstance(loaded, dict) else None
+    if not isinstance(table, dict):
+        return loaded
+    name = loaded.get("name")
+    own = isinstance(name, str) and len(table) == 1
+    return {f"string_to_param/{name if own else key}": value for key, value in table.items() if isinstance(key, str)}
 
 
 def _find_tensors(loaded: Any, torch: Any, shown: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from sdopt.model.request import DrawRequest, parse_request
 from sdopt.model.samplers import SchedulerName
 from sdopt.model.shape import parse_size
 from sdopt.tasks.draw_files import draw_files
+from sdopt.tasks.words import choose_words
 
 if TYPE_CHECKING:
     from sdopt.pictures.png import PictureRecipe
@@ -61,6 +62,10 @@ _FLAGS = {
     "--lora-folder", "lora_folders", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
     help="Where the LoRAs are that prompts name, as in <lora:ink:0.8>.",
 )  # fmt: skip
+@click.option(
+    "--embedding", "embeddings", multiple=True, type=click.Path(path_type=Path), metavar="FILE|FOLDER",
+    help="Textual inversion: the prompts may have its word, which is the file's name; of a folder, those they have.",
+)  # fmt: skip
 @click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
@@ -80,6 +85,7 @@ def generate(
     size: str | None,
     loras: tuple[str, ...],
     lora_folders: tuple[Path, ...],
+    embeddings: tuple[Path, ...],
     scheduler: str | None,
     from_image: Path | None,
     trust_engines: tuple[str, ...],
@@ -110,12 +116,15 @@ def generate(
             hint=f'give a prompt, as in: sdopt generate {shlex.quote(str(folder))} "a large red circle"',
         )
     requests = _make_requests(recipe, prompts, given)
+    if embeddings:
+        requests = [each.model_copy(update={"embeddings": choose_words(embeddings, each)}) for each in requests]
     with progress.shown_on_stderr():
         drawn = draw_files(
             folder, output, requests, trust_engines=trust_engines, names=_FLAGS,
             on_bundle=lambda digest: _compare_bundles(recipe, digest),
             on_step=lambda share: progress.update("drawing", share), lora_folders=lora_folders,
             expected_loras={} if recipe is None else {use.source: use.sha256 for use in recipe.loras},
+            expected_words={} if recipe is None else {Path(use.source).stem: use.sha256 for use in recipe.embeddings},
         )  # fmt: skip
     grid = _write_grid([picture.path for picture in drawn])
     if as_json:

@@ -12,7 +12,9 @@ import rich_click as click
 @click.option("--json", "as_json", is_flag=True, help="Print all that is known as JSON on stdout.")
 @click.option("--for", "bundle", metavar="BUNDLE", help="Say whether this bundle takes SOURCE, which is a LoRA.")
 def inspect(source: str, as_json: bool, bundle: str | None) -> None:
-    """Say what SOURCE is: a bundle, an ONNX graph, a TensorRT plan, a LoRA or a checkpoint, and what is in it."""
+    """Say what SOURCE is, and what is in it: a bundle, an ONNX graph, a TensorRT plan, a LoRA, a textual inversion or a
+    checkpoint.
+    """
     from sdopt.library.identify import inspect_source
 
     table = inspect_source(source, bundle=bundle)

@@ -38,7 +38,7 @@ def print_page(console: Console, source: str, table: Mapping[str, Any]) -> None:
     """`table` is what `inspect_source` gives for `source`."""
     show = {
         "checkpoint": _show_checkpoint, "bundle": _show_bundle, "onnx": _show_graph, "plan": _show_plan,
-        "adapter": _show_adapter,
+        "adapter": _show_adapter, "embedding": _show_word,
     }  # fmt: skip
     show[table["kind"]](console, source, table)
 
@@ -50,8 +50,15 @@ def _list_adapters(adapters: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
         yield "with", f"the LoRA {each['name']} ({weights})"
 
 
+def _describe_words(components: Mapping[str, Any]) -> str:
+    encoders = [part for name, part in components.items() if ComponentName(name).is_text_encoder]
+    if encoders and all(part.get("slots") and part["slots"]["words"] for part in encoders):
+        return "yes (textual inversion)"
+    return "no: it was built by an earlier sdopt" if encoders else ""
+
+
 def _describe_slots(components: Mapping[str, Any]) -> str:
-    slots = [part["slots"] for part in components.values() if part.get("slots")]
+    slots = [part["slots"] for part in components.values() if part.get("slots") and part["slots"]["slots"]]
     if not slots:
         return "no: it was built without --lora-slots"
     layers = sum(len(each["slots"]) for each in slots)
@@ -105,6 +112,7 @@ def _show_bundle(console: Console, source: str, table: Mapping[str, Any]) -> Non
         ("made from", f"{origin['location']}, {_SOURCES[origin['kind']]}"),
         *_list_adapters(origin["adapters"]),
         ("takes LoRAs", _describe_slots(table["components"])),
+        ("takes embeddings", _describe_words(table["components"])),
         ("licence", origin["licence"] or "not stated"),
         ("made", table["created_utc"]),
         ("size", describe_profiles(TypeAdapter(tuple[ShapeProfile, ...]).validate_python(table["profiles"]))),
@@ -215,6 +223,22 @@ def _show_adapter(console: Console, source: str, table: Mapping[str, Any]) -> No
     else:
         answer = [("takes it?", f"no: {fit['reason']}"), ("what to do", fit["hint"])]
     _print_facts(console, answer, title=f"For {neutralise(fit['bundle'])}")
+
+
+def _show_word(console: Console, source: str, table: Mapping[str, Any]) -> None:
+    family = Family(table["family"]).label if table["family"] else ""
+    _print_title(console, source, f"a textual inversion{' for ' * bool(family)}{family}")
+    widths = " and ".join(f"{width} ({part})" if part else str(width) for part, width in table["widths"].items())
+    _print_facts(console, [
+        ("made for", family or "not known: no published family has vectors of that width"),
+        ("word", table["token"] or f"not stated: prompts call it {table['word']}, by the file's name"),
+        ("vectors", f"{table['vectors']} of {widths} numbers"),
+        ("written by", table["writer"]),
+        ("size", _bytes(table["bytes"])),
+        ("sha256", table["sha256"]),
+    ])  # fmt: skip
+    command = ["sdopt", "generate", "BUNDLE", f"a photo of {table['word']}", "--embedding", source]
+    _print_next(console, [(shlex.join(command), "draw with it")])
 
 
 def _describe_plan(plan: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ def _is_wanted(plan: BuildPlan, output: Path, manifest: BundleManifest) -> bool:
             (record.architecture, record.weights_key, record.backend)
             == (plan.components[name].architecture, plan.components[name].weights_key, plan.components[name].backend)
             and all(made.version == library_version(plan) for made in record.every_plan)
+            and (not name.is_text_encoder or (record.slots is not None and record.slots.words is not None))
             and _is_quantized_alike(plan.quantization, name, record.quantization)
             for name, record in manifest.components.items()
         )

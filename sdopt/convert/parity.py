@@ -39,8 +39,8 @@ SHELF = Shelf("parity", ParityRecord)
 class ParityJob:
     """One component for both children, compared at the usual sizes of each of `points`.
 
-    `folder` holds its graph and weights, `tensors` are the checkpoint's. With `slots`, the graph is the one with LoRA
-    slots, and both run with a seeded adapter in all of them.
+    `folder` holds its graph and weights, `tensors` are the checkpoint's. With `slots`, the graph is the second
+    one, and both run with a seeded adapter in all LoRA slots, and with seeded words where it takes words.
     """
 
     spec: ComponentSpec
@@ -176,6 +176,7 @@ def run_torch_in_child(arguments: JsonTable) -> JsonTable:
     from sdopt.trace.reference import load_reference, run_reference
     from sdopt.trace.seeded_adapter import apply_adapter, make_adapter
     from sdopt.trace.seeded_inputs import make_inputs
+    from sdopt.trace.seeded_words import put_words
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     for done, job in enumerate(jobs):
@@ -183,6 +184,8 @@ def run_torch_in_child(arguments: JsonTable) -> JsonTable:
         network = load_reference(job.spec, job.config, job.tensors)
         if job.slots is not None:
             apply_adapter(network, make_adapter(job.slots.slots, job.slots.rank))
+            if job.slots.words is not None:
+                put_words(network, job.slots.words)
         for place, point in enumerate(job.points):
             inputs = make_inputs(job.spec, job.config, point)
             run_reference(network, job.spec, inputs, _output_file(arguments, job, place))
@@ -200,6 +203,7 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
     from sdopt.backends.slotted_session import SlottedSession
     from sdopt.trace.compare_outputs import compare_outputs, worst_of
     from sdopt.trace.seeded_inputs import make_inputs
+    from sdopt.trace.seeded_words import make_vectors, with_words
 
     jobs = _JOBS.validate_python(arguments["jobs"])
     records: JsonTable = {}
@@ -210,8 +214,12 @@ def run_engines_in_child(arguments: JsonTable) -> JsonTable:
         with open_session(files, job.runtime) as session:
             if isinstance(session, SlottedSession):
                 session.set_slots(seeded_slots(session))
+            words = session.slots.words if isinstance(session, SlottedSession) else None
+            if isinstance(session, SlottedSession) and words is not None:
+                session.set_words(make_vectors(words))
             for place, point in enumerate(job.points):
-                outputs = session.run(make_inputs(job.spec, job.config, point))
+                inputs = make_inputs(job.spec, job.config, point)
+                outputs = session.run(inputs if words is None else with_words(inputs, words))
                 expected = load_file(_output_file(arguments, job, place))
                 compared.append(
                     compare_outputs(job.spec, expected, outputs, runtime=job.runtime.kind, graph_dtype=job.graph_dtype)

@@ -14,7 +14,7 @@ from sdopt.convert.parity import prove_parity
 from sdopt.convert.plans.ladder import make_plans, place_plan
 from sdopt.convert.plans.wanted import generations, peak_bytes
 from sdopt.convert.quantise import QUANTISE
-from sdopt.convert.slot_graphs import SLOT_GRAPHS
+from sdopt.convert.slot_graphs import SLOT_GRAPHS, has_second_graph
 from sdopt.convert.weights_and_graphs import WEIGHTS_AND_GRAPHS
 from sdopt.disk.files import write_file
 
@@ -55,7 +55,7 @@ def _estimate_plans(build: Build) -> Iterator[Step]:
         memory = peak_bytes(part.weights_bytes)
         seconds = _PLAN_FIXED_S + part.weights_bytes / _PLAN_BYTES_PER_S
         step = Step("plan", name, part.architecture, False, part.weights_bytes, memory, seconds)
-        graphs = 2 if plan.recipe.slot_settings is not None and name.takes_adapters else 1
+        graphs = 2 if has_second_graph(plan, name) else 1
         yield from [step] * (graphs * len(plan.profiles) * len(generations(plan)))
 
 

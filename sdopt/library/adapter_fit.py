@@ -32,7 +32,8 @@ class BundleSlots:
 
 def find_slots(manifest: BundleManifest) -> BundleSlots | None:
     """The slots of a bundle; None where it has none."""
-    slotted = {name: record.slots for name, record in manifest.components.items() if record.slots is not None}
+    records = manifest.components.items()
+    slotted = {name: record.slots for name, record in records if record.slots is not None and record.slots.slots}
     if not slotted:
         return None
     layers = {name: {slot.layer for slot in slots.slots} for name, slots in slotted.items()}

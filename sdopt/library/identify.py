@@ -19,19 +19,23 @@ from sdopt.graph.external_data import check_graph_file
 from sdopt.library.adapter_fit import describe_fit
 from sdopt.model.component import ComponentName, native_size_px
 from sdopt.model.file_names import MANIFEST_NAME
+from sdopt.pipeline.word_files import is_word_file, read_word_shapes
 from sdopt.weights.safetensors_header import TensorRef
 
 
 def inspect_source(source: str, *, bundle: str | None = None) -> dict[str, Any]:
-    """`kind` is bundle, onnx, plan, adapter or checkpoint; the rest depends on it: a bundle's manifest, whose own kind
-    is under `bundle_kind`. With a `bundle`, an adapter's table says under `fit` whether that takes it. Raises
-    `CheckpointError` for other things, and `UsageError` where a bundle is given for something that is not an adapter.
+    """`kind` is bundle, onnx, plan, adapter, embedding (a textual inversion) or checkpoint; the rest depends on it: a
+    bundle's manifest, whose own kind is under `bundle_kind`. With a `bundle`, an adapter's table says under `fit`
+    whether that takes it. Raises `CheckpointError` for other things, and `UsageError` where a bundle is given for
+    something that is not an adapter.
     """
     if not source:
         raise CheckpointError("SOURCE is empty", hint="give a file, a folder or a Hugging Face id")
     path = Path(source).expanduser()
     if is_adapter(path):
         return _inspect_adapter(path, bundle)
+    if bundle is None and is_word_file(path):
+        return _inspect_word(path)
     if bundle is not None:
         raise UsageError(
             f"{source} is not an adapter, and --for asks whether a bundle takes one",
@@ -58,6 +62,15 @@ def _inspect_adapter(path: Path, bundle: str | None) -> dict[str, Any]:
         "bytes": file.size_bytes, "sha256": hash_file(file.path),
     }  # fmt: skip
     return table if bundle is None else table | {"fit": describe_fit(file, Path(bundle).expanduser())}
+
+
+def _inspect_word(path: Path) -> dict[str, Any]:
+    shapes = read_word_shapes(path)
+    return {
+        "kind": "embedding", "writer": shapes.writer, "family": shapes.family, "token": shapes.token,
+        "word": shapes.token or path.stem, "vectors": shapes.vectors, "widths": dict(shapes.widths),
+        "bytes": path.stat().st_size, "sha256": hash_file(path),
+    }  # fmt: skip
 
 
 def _inspect_plan(path: Path) -> dict[str, Any]:

@@ -43,6 +43,15 @@ class LoraUse(BaseModel):
     name: str = Field(default="", exclude=True)
 
 
+class WordUse(BaseModel):
+    """A textual inversion of a request, by its file; `sha256` is that of the file, where it has to be a certain one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(min_length=1, max_length=4096)
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+
+
 def parse_lora(text: str) -> LoraChoice:
     """`FILE`, `FILE:WEIGHT` or `FILE:UNET:TEXT`. What is not a number belongs to the name, as in `C:ink`.
 

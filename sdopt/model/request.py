@@ -24,7 +24,7 @@ from pydantic import (
 
 from sdopt.errors import UsageError
 from sdopt.model.accepted import describe_values
-from sdopt.model.lora import LoraUse
+from sdopt.model.lora import LoraUse, WordUse
 from sdopt.model.samplers import SchedulerName, parse_scheduler
 from sdopt.model.task import Task
 
@@ -67,6 +67,8 @@ class _Request(BaseModel):
     clip_skip: _Skip | None = None
     loras: tuple[LoraUse, ...] = Field(default=(), max_length=64)
     """What acts on the picture beside what the prompt names with `<lora:name:weight>`."""
+    embeddings: tuple[WordUse, ...] = Field(default=(), max_length=256)
+    """Files of textual inversion, whose words the prompts may have."""
 
 
 class TextToImage(_Request):

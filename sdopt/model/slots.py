@@ -17,6 +17,10 @@ RANK_LIMIT = 1024
 # Of diffusers' UNets, and of transformers' CLIP.
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
 _AROUND_ATTENTION = (".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out", ".fc1", ".fc2")
+WORDS_INPUT = "extra_embeddings"
+"""The input of a text encoder's graph for the vectors of words that are loaded at run time (textual inversion)."""
+WORDS_LIMIT = 1024
+"""The most vectors of all words that are loaded together."""
 _SETTING = re.compile(r"^(?:(?P<set>[a-z]+):)?(?P<rank>\d{1,4})$")
 
 
@@ -48,6 +52,14 @@ class Slot:
 
     layer: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WordSlot:
+    """Where a text encoder takes words: ids from `vocabulary` on, with vectors of `width` numbers."""
+
+    vocabulary: int
+    width: int
 
 
 def parse_slots(text: str) -> SlotSettings:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdopt._version import __version__
 from sdopt.disk.files import disk_errors, write_file
 from sdopt.errors import ArtifactError, UsageError
-from sdopt.model.lora import LoraUse
+from sdopt.model.lora import LoraUse, WordUse
 from sdopt.model.request import TASKS, DrawRequest
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 
@@ -52,6 +52,8 @@ class PictureRecipe(BaseModel):
     request: DrawRequest
     loras: tuple[LoraUse, ...] = ()
     """What acted on the picture, with the digests of the files: of the request's list, then of its prompt."""
+    embeddings: tuple[WordUse, ...] = ()
+    """The words that its prompts could have, with the digests of the files."""
 
 
 def write_picture(

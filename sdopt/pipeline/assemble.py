@@ -33,6 +33,8 @@ from sdopt.pipeline.opened import OpenedBundle
 from sdopt.pipeline.prompt import PromptTokenizer, load_tokenizer
 from sdopt.pipeline.prompt_encoding import reading_prompts
 from sdopt.pipeline.schedulers import make_scheduler
+from sdopt.pipeline.word_methods import with_words
+from sdopt.pipeline.word_stack import WordStack
 from sdopt.weights.safetensors_header import read_header
 from sdopt.weights.to_torch import read_tensor
 
@@ -85,6 +87,7 @@ def assemble_pipeline(
     if manifest.family.is_xl:
         parts["text_encoder_2"] = _make_text_encoder(folder, sessions, ComponentName.TEXT_ENCODER_2)
         parts["tokenizer_2"] = _load_tokenizer(folder / "tokenizer_2", manifest)
+    parts["unet"].words = _make_words(folder, manifest, sessions, parts)
     return _pipeline_class(manifest)(**parts, **_flags(manifest, _read_table(folder / "model_index.json")))
 
 
@@ -96,8 +99,18 @@ def _make_unet(folder: Path, bundle: OpenedBundle, sessions: Mapping[ComponentNa
     unet = EngineUNet(session, read_config(folder, ComponentName.UNET), sample_size=side, pixels_per_latent=factor)
     unet.bundle = bundle
     slotted = {name: found for name, opened in sessions.items() if (found := find_slotted(opened)) is not None}
-    unet.loras = LoraStack(folder, bundle.manifest, slotted)
+    loras = {name: session for name, session in slotted.items() if session.slots.slots}
+    unet.loras = LoraStack(folder, bundle.manifest, loras)
     return unet
+
+
+def _make_words(
+    folder: Path, manifest: BundleManifest, sessions: Mapping[ComponentName, Session], parts: Mapping[str, Any]
+) -> WordStack:
+    encoders = [name for name in sessions if name.is_text_encoder]
+    slotted = {name: found for name in encoders if (found := find_slotted(sessions[name])) is not None}
+    every = {name: parts[name.value.replace("text_encoder", "tokenizer")] for name in encoders}
+    return WordStack(folder, manifest, slotted, {name: each for name, each in every.items() if each is not None})
 
 
 def _make_text_encoder(
@@ -142,7 +155,7 @@ def _flags(manifest: BundleManifest, index: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _pipeline_class(manifest: BundleManifest) -> Any:
-    return with_loras(guarded(_sized_class(manifest)))
+    return with_words(with_loras(guarded(_sized_class(manifest))))
 
 
 def _sized_class(manifest: BundleManifest) -> Any:

@@ -8,6 +8,7 @@ the text encoder takes such rows.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ import torch
 from transformers import BatchEncoding, CLIPTokenizer
 
 from sdopt.bundle.again import variant_command
+from sdopt.errors import UsageError
 from sdopt.model.shape import CHUNK_TOKENS, MOST_CHUNKS
 from sdopt.pipeline.batches import run_rows
 from sdopt.pipeline.prompt_chunks import WORDS, Chunk, Filled, Unit, fill_chunks
@@ -40,7 +42,26 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
     most_chunks = 1
     extra_words: Mapping[Unit, Unit] = MappingProxyType({})
     """Words that stand for other ids, which may lie beyond the vocabulary: the ids of the word, and those."""
+    _parted: re.Pattern[str] | None = None
     _folder: Path | None = None
+
+    def set_words(self, ids: Mapping[Unit, Unit], names: Iterable[str]) -> None:
+        """Let the words of these `names` stand for other ids: `ids` are those, by `ids_of_word`."""
+        # CLIP makes one token of all punctuation in a row: `<cat>,` would end in another than `<cat>` does.
+        edged = [name for name in names if not (name[0].isalnum() and name[-1].isalnum())]
+        edged.sort(key=len, reverse=True)
+        self._parted = re.compile("|".join(map(re.escape, edged)), re.IGNORECASE) if edged else None
+        self.extra_words = MappingProxyType(dict(ids))
+
+    def ids_of_word(self, name: str) -> Unit:
+        """The ids of CLIP that a word in a prompt has, whatever its case. Raises `UsageError` where it has none."""
+        ids = tuple(super().__call__(name, add_special_tokens=False)["input_ids"])
+        if not ids or self.unk_token_id in ids:
+            raise UsageError(
+                f"{name!r} cannot be a word of prompts: CLIP's tokenizer has nothing for it",
+                hint="give it another name, of letters and digits",
+            )
+        return ids
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         padding: Any = kwargs.get("padding")
@@ -93,6 +114,8 @@ class PromptTokenizer(CLIPTokenizer):  # type: ignore[misc]
     def _encode_words(self, texts: Sequence[str]) -> list[list[Unit]]:
         if not texts:
             return []
+        if self._parted is not None:
+            texts = [self._parted.sub(r" \g<0> ", text) for text in texts]
         words: list[list[int]] = super().__call__(list(texts), add_special_tokens=False)["input_ids"]
         return [self._units_of(ids) for ids in words]
 

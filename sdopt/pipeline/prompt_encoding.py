@@ -77,7 +77,7 @@ def reads_prompts(pipe: Any) -> bool:
 
 def count_chunks(pipe: Any, prompts: Iterable[str], steps: int) -> int:
     """How many chunks a pipeline encodes these prompts in, so that all of them have one length at all steps."""
-    return _count_chunks(pipe, [read_prompt(prompt, steps) for prompt in prompts])
+    return _count_chunks(pipe, [read_prompt(prompt, steps, words=_words_of(pipe)) for prompt in prompts])
 
 
 def _count_chunks(pipe: Any, prompts: Sequence[ReadPrompt]) -> int:
@@ -88,6 +88,11 @@ def _count_chunks(pipe: Any, prompts: Sequence[ReadPrompt]) -> int:
 def _tokenizers_of(pipe: Any) -> list[PromptTokenizer]:
     parts = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
     return [part for part in parts if isinstance(part, PromptTokenizer)]
+
+
+def _words_of(pipe: Any) -> list[str]:
+    """Names of the words that textual inversion has added."""
+    return list(getattr(getattr(pipe.unet, "words", None), "words", ()))
 
 
 def _steps_in(given: Mapping[str, Any]) -> int:
@@ -104,7 +109,7 @@ def _encode_steps(kind: Any, pipe: Any, bound: inspect.BoundArguments, steps: in
     """What `encode_prompt` gives at each step; once, where all steps have the same. Each text is encoded once."""
     given = bound.arguments
     prompts = {
-        name: [read_prompt(text, steps) for text in _texts_in(bound, name)]
+        name: [read_prompt(text, steps, words=_words_of(pipe)) for text in _texts_in(bound, name)]
         for name in (*_PROMPTS, *_NEGATIVES)
         # Of an empty second text diffusers takes the first.
         if given.get(name) or (given.get(name) is not None and not name.endswith("_2"))

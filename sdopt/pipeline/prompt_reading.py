@@ -62,8 +62,11 @@ class ReadPrompt:
         return self.texts[step if len(self.texts) > 1 else 0]
 
 
-def read_prompt(prompt: str, steps: int | None, *, strict: bool = False) -> ReadPrompt:
-    """Read a prompt that is drawn in `steps` steps; None where nobody knows how many.
+def read_prompt(
+    prompt: str, steps: int | None, *, strict: bool = False, words: Iterable[str] = ()
+) -> ReadPrompt:  # fmt: skip
+    """Read a prompt that is drawn in `steps` steps; None where nobody knows how many. `words` are those that textual
+    inversion has added.
 
     Raises `UsageError` for what cannot be drawn: weights that are no numbers, words that change between steps where
     those are not known, and syntax of other programs; that which is not `strict` is only logged.
@@ -78,7 +81,7 @@ def read_prompt(prompt: str, steps: int | None, *, strict: bool = False) -> Read
     read: dict[str, PromptText] = {}
     for each in texts:
         if each not in read:
-            refuse_syntax(each, strict=strict)
+            refuse_syntax(each, strict=strict, words=words)
             read[each] = PromptText(each, weigh(each))
     return ReadPrompt(tuple(read[each] for each in texts), adapters)
 

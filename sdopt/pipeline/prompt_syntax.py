@@ -6,7 +6,8 @@ What sdopt reads is in `prompt_grammar`. The rule for the rest, for text that no
   and `AND_TOPK` of Neutral Prompt.
 - `ADDCOL`, `ADDROW`, `ADDBASE` and `ADDCOMM` in capitals, of Regional Prompter.
 - `{` with a later `}`: `{a|b}` of dynamic prompts and ComfyUI, `{word}` of NovelAI.
-- `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion. `<3` and `a < b` are characters.
+- `<name:…>`, such as `<hypernet:x:1>`, and `<name>`, the token of a textual inversion that is not loaded. `<3` and
+  `a < b` are characters.
 - `embedding:name` of ComfyUI, at the start of a word; `embedding: name` is words.
 - `__name__`, a wildcard of dynamic prompts. `snake_case`, `^__^` and `____` are characters.
 - `--name` at the start of a word and `word::2`, of Midjourney. `--` alone and `16:9` are characters.
@@ -25,6 +26,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdopt.errors import UsageError
@@ -48,13 +50,14 @@ class SyntaxPiece:
 
 _COMPOSITION = "several prompts that are drawn apart and added"
 _FULL_WIDTH = "a weight in full-width characters"
+_WORD = "the token of a textual inversion"
 _MARK = "the start or the end of the text"
 _CAPITALS = re.compile(r"BREAK|AND(?:_\w+)?|ADD(?:COL|ROW|BASE|COMM)")
 
 # In the order in which a piece is named where several rules fit.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"<[A-Za-z_]\w*:[^<>]*>"), "a LoRA or another extra network"),
-    (re.compile(r"<[A-Za-z][\w-]*>"), "the token of a textual inversion"),
+    (re.compile(r"<[A-Za-z][\w-]*>"), _WORD),
     (re.compile(r"(?<!\S)\(*embedding:\S+"), "an embedding of ComfyUI"),
     (re.compile(r"\{[^{}]*\}"), "a choice of dynamic prompts"),
     (re.compile(r"\{(?=.*\})"), "a choice of dynamic prompts"),
@@ -70,13 +73,18 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def find_syntax(prompt: str) -> SyntaxPiece | None:
-    """The first piece of a prompt that other programs would not draw as words; None where there is none."""
+def find_syntax(prompt: str, words: Iterable[str] = ()) -> SyntaxPiece | None:
+    """The first piece of a prompt that other programs would not draw as words; None where there is none.
+
+    Names of `words` that are loaded are words, whatever characters they have.
+    """
     escaped = [(match.start(), match.end()) for match in ESCAPED.finditer(prompt)]
     text = prompt
     for start, end in escaped:
         text = f"{text[:start]}{_LITERAL * (end - start)}{text[end:]}"
     text = text.replace("\n", " ")
+    for word in words:
+        text = re.sub(re.escape(word), lambda match: _LITERAL * len(match[0]), text, flags=re.IGNORECASE)
     found: list[tuple[int, int, SyntaxPiece]] = []
     for order, (pattern, meaning) in enumerate(_RULES):
         # The tokenizer takes its tokens for what they are whether or not the grammar took a backslash from them.
@@ -89,13 +97,13 @@ def find_syntax(prompt: str) -> SyntaxPiece | None:
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def refuse_syntax(prompt: str, *, strict: bool) -> None:
-    """Raise `UsageError` for a piece that sdopt does not read; see the module.
+def refuse_syntax(prompt: str, *, strict: bool, words: Iterable[str] = ()) -> None:
+    """Raise `UsageError` for a piece that sdopt does not read; see the module. `words` are those that are loaded.
 
     Not `strict` only logs it, once for each piece, and leaves it to be drawn as words, except for `AND`: without it the
     picture would be of something else.
     """
-    piece = find_syntax(prompt)
+    piece = find_syntax(prompt, words)
     if piece is None:
         return
     if strict or piece.meaning == _COMPOSITION:
@@ -108,6 +116,8 @@ def _hint(piece: SyntaxPiece) -> str:
     if piece.meaning == _MARK:
         return "leave it out: text encoders have no words for it"
     as_words = f"to draw it as words, write {piece.literal}"
+    if piece.meaning == _WORD:
+        return f"load it: --embedding FILE, or pipe.load_textual_inversion(file); {as_words}"
     return f"to weigh it, write (word:1.3); {as_words}" if piece.meaning == _FULL_WIDTH else as_words
 
 
@@ -119,6 +129,8 @@ def _warn_once(sentence: str) -> None:
 def _describe(piece: SyntaxPiece) -> str:
     if piece.meaning == _MARK:
         return f"the prompt has {piece.text!r}, which text encoders take for {_MARK}"
+    if piece.meaning == _WORD:
+        return f"the prompt has {piece.text!r}, which other programs read as {_WORD}, and none of that name is loaded"
     return f"the prompt has {piece.text!r}, which other programs read as {piece.meaning} and sdopt does not"
 
 

@@ -11,6 +11,7 @@ from sdopt.model.request import DrawRequest, ImageToImage, Inpaint, TextToImage
 from sdopt.tasks.group import group_requests
 from sdopt.tasks.loras import LoraFinder, active_loras
 from sdopt.tasks.prepare import PreparedRequest, prepare
+from sdopt.tasks.words import active_words
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,14 @@ def draw_pictures(
     loras: LoraFinder | None = None,
     on_prepared: Callable[[Sequence[PreparedRequest]], None] = lambda prepared: None,
     expected_loras: Mapping[str, str] = MappingProxyType({}),
+    expected_words: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Image.Image]:
     """Draw a picture for each request, in order; neighbours with the same settings share the engine's batch.
 
     Each picture has its own generator, so its noise depends on its seed alone. `on_step` is told the share of all the
     work that is done; `names` are what the user calls the fields of a request. `loras` finds the LoRAs that requests
-    name, whose digests are those of `expected_loras`; `on_prepared` is told what was found, before the first picture.
+    name, whose digests are those of `expected_loras`, and those of textual inversions of `expected_words`;
+    `on_prepared` is told what was found, before the first picture.
     `pipe` is of `sdopt.load`; where no request names a scheduler, any text-to-image pipeline. Several threads may draw
     with one pipeline: each group of pictures waits for its turn.
 
@@ -47,7 +50,7 @@ def draw_pictures(
     from sdopt.pipeline.guarded_call import drawing_turn
 
     with drawing_turn(pipe):
-        prepared = prepare(pipe, requests, names, loras, expected_loras)
+        prepared = prepare(pipe, requests, names, loras, expected_loras, expected_words)
         groups = list(group_requests(pipe, prepared))
     on_prepared(prepared)
     done = 0
@@ -81,7 +84,7 @@ def _draw(
     relative.scheduler = group[0].scheduler
     arguments = {**_arguments(group), "callback_on_step_end": on_step_end, "output_type": "np"}
     try:
-        with active_loras(relative, group[0].loras):
+        with active_loras(relative, group[0].loras), active_words(relative, group[0].words):
             drawn = guard_call(relative, functools.partial(relative, **arguments), arguments)
     finally:
         relative.scheduler = own

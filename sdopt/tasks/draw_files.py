@@ -15,7 +15,6 @@ from sdopt.bundle.linked import open_links
 from sdopt.disk.files import disk_errors, require_writable
 from sdopt.errors import UsageError
 from sdopt.model.file_names import MANIFEST_NAME
-from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest
 from sdopt.model.samplers import SCHEDULERS
 from sdopt.pictures.png import PictureRecipe, write_picture
@@ -60,13 +59,15 @@ def draw_files(
     on_step: Callable[[float], None] | None = None,
     lora_folders: Sequence[Path] = (),
     expected_loras: Mapping[str, str] = MappingProxyType({}),
+    expected_words: Mapping[str, str] = MappingProxyType({}),
 ) -> list[DrawnPicture]:
     """Draw the requests with the bundle in `folder`, and write each picture as soon as it is drawn.
 
     `output` is a folder, made where it is missing, or the .png file of the only picture; nothing is overwritten.
     `on_bundle` is told the digest of the bundle before anything is drawn, `on_step` the share of the work done, and
     `names` are what the user calls the fields of a request. LoRAs are looked for in `lora_folders`, and their files
-    have the digests of `expected_loras`, by name. Raises what `draw_pictures` and `sdopt.load` raise,
+    have the digests of `expected_loras`, by name, and those of textual inversions of `expected_words`. Raises what
+    `draw_pictures` and `sdopt.load` raise,
     `UsageError` for an output that cannot be, and `ArtifactError` or `MissingHardware` where it cannot be written.
     """
     from sdopt.pipeline.assemble import read_scheduler
@@ -95,12 +96,10 @@ def draw_files(
         prepared: list[PreparedRequest] = []
         images = draw_pictures(
             pipe, requests, names=names, on_step=on_step, loras=finder, on_prepared=prepared.extend,
-            expected_loras=expected_loras,
+            expected_loras=expected_loras, expected_words=expected_words,
         )  # fmt: skip
         # `prepared` is filled when the first picture is asked for.
-        return [
-            _write(output, pipe, requests[number], image, prepared[number].loras) for number, image in enumerate(images)
-        ]
+        return [_write(output, pipe, requests[number], image, prepared[number]) for number, image in enumerate(images)]
     finally:
         close_engines(pipe)
 
@@ -111,7 +110,7 @@ def is_picture(output: Path) -> bool:
 
 
 def _write(
-    output: Path, pipe: Any, request: DrawRequest, image: Any, loras: tuple[LoraUse, ...]
+    output: Path, pipe: Any, request: DrawRequest, image: Any, prepared: PreparedRequest
 ) -> DrawnPicture:  # fmt: skip
     from sdopt.pipeline.opened import opened_bundle
     from sdopt.pipeline.schedulers import label_of
@@ -120,7 +119,12 @@ def _write(
     manifest = bundle.manifest
     sampler = label_of(pipe.scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
     recipe = PictureRecipe(
-        sdopt=__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request, loras=loras
+        sdopt=__version__,
+        bundle=manifest.name,
+        bundle_sha256=bundle.digest,
+        request=request,
+        loras=prepared.loras,
+        embeddings=prepared.embeddings,
     )
     path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
     return DrawnPicture(path, sampler, request, image.width, image.height)

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sdopt.tasks.prepare import PreparedRequest
+from sdopt.tasks.words import active_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -20,7 +21,8 @@ def group_requests(pipe: DiffusionPipeline, requests: Sequence[PreparedRequest])
         request = prepared.request
         shared = request.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0})
         # A prompt that is filled up to the length of its neighbour's draws another picture than alone.
-        chunks = count_chunks(pipe, [prepared.prompt, prepared.negative_prompt or ""], request.steps)
+        with active_words(pipe, prepared.words):
+            chunks = count_chunks(pipe, [prepared.prompt, prepared.negative_prompt or ""], request.steps)
         return shared, prepared.loras, request.negative_prompt is None, chunks
 
     batch = _batch_of(pipe)

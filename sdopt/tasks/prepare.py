@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import UsageError
-from sdopt.model.lora import LoraUse
+from sdopt.model.lora import LoraUse, WordUse
 from sdopt.model.request import DrawRequest, Inpaint, TextToImage
 from sdopt.model.task import Task
 from sdopt.tasks.loras import LoraFinder, list_loras, load_loras
+from sdopt.tasks.words import list_names, load_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from PIL import Image
+
+    from sdopt.pipeline.word_stack import LoadedWord
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,18 @@ class PreparedRequest:
     mask: Image.Image | None = None
     loras: tuple[LoraUse, ...] = ()
     """What is loaded into the pipeline for it."""
+    embeddings: tuple[WordUse, ...] = ()
+    words: tuple[LoadedWord, ...] = field(default=(), compare=False)
+    """What acts only while it is drawn."""
 
 
-def check_prompts(request: DrawRequest) -> None:
-    """Raise `UsageError` for what a request's prompts have that is not drawn."""
+def check_prompts(request: DrawRequest, words: Sequence[str] = ()) -> None:
+    """Raise `UsageError` for what a request's prompts have that is not drawn; `words` are loaded already."""
     from sdopt.pipeline.prompt_reading import read_prompt
 
+    names = (*words, *list_names(request))
     for text in (request.prompt, request.negative_prompt or ""):
-        read_prompt(text, request.steps, strict=True)
+        read_prompt(text, request.steps, strict=True, words=names)
     list_loras(request)
 
 
@@ -57,9 +64,10 @@ def _prompts_for(pipe: DiffusionPipeline, request: DrawRequest) -> tuple[str, st
 def prepare(
     pipe: DiffusionPipeline, requests: Sequence[DrawRequest], names: Mapping[str, str] | None = None,
     loras: LoraFinder | None = None, expected_loras: Mapping[str, str] = MappingProxyType({}),
+    expected_words: Mapping[str, str] = MappingProxyType({}),
 ) -> list[PreparedRequest]:  # fmt: skip
     """Check every request, in order. `names` are what the user calls the fields, and `loras` finds what they name; the
-    files have the digests of `expected_loras`, by their names.
+    files have the digests of `expected_loras` and `expected_words`, by their names.
 
     Raises `UsageError` for what this pipeline cannot draw, `ShapeError` for a size that it was not built for, and
     `AdapterError` for a LoRA that is not there or that the engines do not take.
@@ -69,7 +77,7 @@ def prepare(
     schedulers: dict[str | None, SchedulerMixin] = {None: pipe.scheduler}
     prepared = []
     for request in requests:
-        check_prompts(request)
+        check_prompts(request, list(getattr(getattr(pipe.unet, "words", None), "words", ())))
         prompt, negative = _prompts_for(pipe, request)
         _check_task(pipe, request)
         if request.scheduler not in schedulers:
@@ -79,7 +87,8 @@ def prepare(
         image, mask = _open_pictures(request)
         _check_size(pipe, request, image)
         used = load_loras(pipe, request, loras or LoraFinder(), expected_loras)
-        prepared.append(PreparedRequest(request, prompt, negative, scheduler, image, mask, used))
+        embeddings, words = load_words(pipe, request, expected_words)
+        prepared.append(PreparedRequest(request, prompt, negative, scheduler, image, mask, used, embeddings, words))
     return prepared
 
 

@@ -21,7 +21,7 @@ from sdopt.model.precision import Precision
 from sdopt.model.recipe import parse_recipe
 from tests.conftest import TINY_SHAPES
 
-ALWAYS = {"weights", "graph", "parity", "fidelity"}
+ALWAYS = {"weights", "graph", "parity", "words", "fidelity"}
 OF_INT8 = {"trajectories", "calibration", "trials", "pictures"}
 
 
@@ -65,7 +65,7 @@ def test_megabytes_are_whole_and_what_is_there_is_not_none(size_bytes: int, text
 def test_a_build_that_is_not_verified_has_no_step_of_the_verdict(tmp_path: Path) -> None:
     plan = plan_of("64x64", Precision.INT8, verify={"enabled": False})
     found = {step.stage for step in list_steps(plan, tmp_path / "out")}
-    assert found == {"weights", "graph", "trajectories", "calibration", "trials"}
+    assert found == {"weights", "graph", "trajectories", "calibration", "trials", "words"}
 
 
 def test_the_dry_run_is_the_list_of_stages_and_writes_nothing(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_dry_run_is_the_list_of_stages_and_writes_nothing(tmp_path: Path) ->
         "small files",
         "parity",
         "quantise",
-        "LoRA slots",
+        "slots",
         "plans",
         "fidelity",
         "card",

@@ -17,7 +17,7 @@ from sdopt.model.component import ComponentName, ComponentSpec
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
 from sdopt.model.shape import CHUNK_TOKENS, Extent, ShapeProfile
-from sdopt.model.slots import input_names, slot_shapes
+from sdopt.model.slots import WORDS_INPUT, WORDS_LIMIT, input_names, slot_shapes
 from sdopt.model.target import PORTABLE, Runtime
 
 # A build holds two copies of the weights beside the library and its working memory: `build_peak_bytes` and
@@ -31,6 +31,7 @@ _FIRST_GENERATIONS = {Scheme.FP8: 89, Scheme.INT4_WEIGHTS: 80}
 _FIRST_PORTABLE = 80
 # What most adapters are trained with: kernels are chosen for it.
 _USUAL_RANK = 16
+_USUAL_VECTORS = 16
 
 # Counts what the audit looks at: a plan that was audited otherwise is built again, so that its record says as much.
 _AUDIT = 2
@@ -172,6 +173,9 @@ def _slot_bounds(slots: SlotsRecord) -> tuple[tuple[str, Bounds], ...]:
     for slot in slots.slots:
         least, usual, most = (slot_shapes(slot.shape, rank) for rank in ranks)
         bounds += list(zip(input_names(slot.layer), zip(least, usual, most, strict=True), strict=True))
+    if slots.words is not None:
+        width = slots.words.width
+        bounds.append((WORDS_INPUT, ((1, width), (_USUAL_VECTORS, width), (WORDS_LIMIT, width))))
     return tuple(bounds)
 
 

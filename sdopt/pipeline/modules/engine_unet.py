@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from sdopt.backends.protocol import Session
     from sdopt.pipeline.lora_stack import LoraStack
     from sdopt.pipeline.opened import OpenedBundle
+    from sdopt.pipeline.word_stack import WordStack
 
 
 class EngineUNet(EngineModule):
     """`UNet2DConditionModel` over a session.
 
-    `bundle` is what the pipeline was loaded from, and `loras` are the adapters of its engines.
+    `bundle` is what the pipeline was loaded from, and `loras` and `words` are the
+    adapters of its engines and the words that were added to their vocabulary.
 
     `sample_size` is the default side of pictures, in latent elements; `pixels_per_latent` is the VAE's
     factor.
@@ -41,6 +43,7 @@ class EngineUNet(EngineModule):
         self.pixels_per_latent = pixels_per_latent
         self.bundle: OpenedBundle | None = None
         self.loras: LoraStack | None = None
+        self.words: WordStack | None = None
         # Who draws with these engines. Pipelines that share them share it.
         self.turn = threading.RLock()
         # Pipelines rewrite a sample_size below 64 when the config says that an old diffusers wrote it.
