@@ -17,14 +17,13 @@ from sdopt.cli.text import TRUST_ENGINE_HELP
 from sdopt.errors import ShapeError, UsageError
 from sdopt.model.lora import parse_lora
 from sdopt.model.request import DrawRequest, parse_request
-from sdopt.model.samplers import SchedulerName
+from sdopt.model.samplers import NAMES_IN_WORDS
 from sdopt.model.shape import parse_size
 from sdopt.tasks.draw_files import draw_files
 
 if TYPE_CHECKING:
     from sdopt.pictures.png import PictureRecipe
 
-_NAMES = ", ".join(SchedulerName)
 _FLAGS = {
     "prompt": "the prompt",
     "negative_prompt": "--negative",
@@ -61,7 +60,7 @@ _FLAGS = {
     "--lora-folder", "lora_folders", multiple=True, type=click.Path(path_type=Path), metavar="FOLDER",
     help="Where the LoRAs are that prompts name, as in <lora:ink:0.8>.",
 )  # fmt: skip
-@click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
+@click.option("--scheduler", metavar="NAME", help=f"One of {NAMES_IN_WORDS}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
     type=click.Path(path_type=Path),

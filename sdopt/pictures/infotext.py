@@ -12,6 +12,7 @@ from typing import Any
 
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.request import DrawRequest, parse_request
+from sdopt.model.samplers import parse_a1111
 
 _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -66,9 +67,10 @@ def parse_infotext(text: str) -> DrawRequest:
     if size := _SIZE.fullmatch(settings.get("Size", "")):
         values |= {"width_px": size[1], "height_px": size[2]}
     if "Sampler" in settings:
-        # Newer versions name the spacing of sigmas apart from the sampler.
-        karras = " Karras" if settings.get("Schedule type") == "Karras" else ""
-        values["scheduler"] = settings["Sampler"] + karras
+        if settings.get("Version", "").startswith("sdopt"):
+            values["scheduler"] = settings["Sampler"]
+        else:
+            values["scheduler"] = parse_a1111(settings["Sampler"], settings.get("Schedule type", ""))
     if settings.get("Clip skip", "1").isdecimal() and (skip := int(settings.get("Clip skip", "1"))) > 1:
         values["clip_skip"] = skip - 1
     return parse_request(values)
