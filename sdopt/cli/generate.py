@@ -102,7 +102,7 @@ def generate(
         given["width_px"], given["height_px"] = _parse_size(size)
     if loras:
         given["loras"] = [dataclasses.asdict(parse_lora(text)) for text in loras]
-    recipe = _read(from_image)
+    recipe = _read(from_image, scheduler)
     if recipe is None and not prompts:
         raise UsageError(
             "there is nothing to draw",
@@ -139,12 +139,12 @@ def _write_grid(paths: list[Path]) -> str | None:
     return str(write_grid(paths))
 
 
-def _read(from_image: Path | None) -> PictureRecipe | None:
+def _read(from_image: Path | None, scheduler: str | None) -> PictureRecipe | None:
     from sdopt.pictures.png import read_recipe
 
     if from_image is None:
         return None
-    recipe = read_recipe(from_image)
+    recipe = read_recipe(from_image, scheduler=scheduler)
     if not recipe.bundle_sha256:
         print(
             f"{from_image} was not drawn by sdopt: its settings are taken, its noise is not known",

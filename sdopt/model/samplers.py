@@ -124,7 +124,7 @@ class SchedulerEntry:
 
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
-# The second step of k-diffusion's 3M SDE is that which diffusers calls `heun`, and only the very last is of first order.
+# The second step of k-diffusion's 3M SDE is what diffusers calls `heun`, and only the very last is of first order.
 _SDE_3M = {**_SDE, "solver_order": 3, "solver_type": "heun", "lower_order_final": False}
 
 # Those that A1111 draws by a table of timesteps, or by levels of their own.
@@ -204,13 +204,19 @@ def parse_scheduler(text: str) -> SchedulerName:
     for other, (nearest, reason) in _OTHERS.items():
         spacing = next((each for each in ("", *Spacing) if squeezed == _squeeze(other + each)), None)
         if spacing is not None:
-            name = f"{nearest}_{spacing}" if spacing and nearest in _SPACED else nearest
-            raise UsageError(
-                f"there is no scheduler {text!r}: {reason}", hint=f"the nearest is {name}, which draws another picture"
-            )
-    near = find_near(squeezed, known)
-    meant = "known: " if near is None else f"did you mean {known[near].value!r}? Known: "
+            suffix = f"_{spacing}" if spacing and nearest in _SPACED else ""
+            raise _another(text, reason, SchedulerName(f"{nearest}{suffix}"))
+    plain = {word.replace("+", ""): name for word, name in known.items()}
+    near = find_near(squeezed.replace("+", ""), plain)
+    meant = "known: " if near is None else f"did you mean {plain[near].value!r}? Known: "
     raise UsageError(f"there is no scheduler {text!r}", hint=meant + NAMES_IN_WORDS)
+
+
+def _another(text: str, reason: str, nearest: SchedulerName) -> UsageError:
+    return UsageError(
+        f"there is no scheduler {text!r}: {reason}",
+        hint=f"the nearest draws another picture: --scheduler {nearest}",
+    )
 
 
 def parse_a1111(sampler: str, schedule: str) -> SchedulerName:
@@ -219,6 +225,8 @@ def parse_a1111(sampler: str, schedule: str) -> SchedulerName:
 
     Raises `UsageError` for what sdopt does not draw.
     """
+    if _squeeze(sampler) == "unipc":
+        raise _another(sampler, "A1111's is of third order, sdopt's of second", SchedulerName.UNIPC)
     if schedule in ("", "Automatic"):
         name = parse_scheduler(sampler)
         if name not in _SPACED:
@@ -236,7 +244,7 @@ _AUTOMATIC: Mapping[SchedulerName, Spacing] = {
     SchedulerName.DPMPP_2M_SDE: Spacing.EXPONENTIAL, SchedulerName.DPMPP_3M_SDE: Spacing.EXPONENTIAL,
 }  # fmt: skip
 # A1111 writes a schedule beside these, and draws them by their own timesteps.
-_IGNORES_SCHEDULE = frozenset({"ddim", "plms", "unipc"})
+_IGNORES_SCHEDULE = frozenset({"ddim", "plms"})
 
 
 def _squeeze(text: str) -> str:

@@ -47,9 +47,9 @@ def format_infotext(
     return f"{request.prompt}{negative}\n{last}".strip()
 
 
-def parse_infotext(text: str) -> DrawRequest:
+def parse_infotext(text: str, *, scheduler: str | None = None) -> DrawRequest:
     """The request in a `parameters` text, as far as sdopt has the settings; others (hires fix, …) are left
-    out.
+    out. `scheduler` is taken instead of the text's, which may be one that sdopt does not have.
 
     Raises `ArtifactError` for a text that is not of this format, `UsageError` for a setting that sdopt cannot
     follow.
@@ -66,7 +66,9 @@ def parse_infotext(text: str) -> DrawRequest:
     values |= {"guidance_scale": settings["CFG scale"]} if "CFG scale" in settings else {}
     if size := _SIZE.fullmatch(settings.get("Size", "")):
         values |= {"width_px": size[1], "height_px": size[2]}
-    if "Sampler" in settings:
+    if scheduler is not None:
+        values["scheduler"] = scheduler
+    elif "Sampler" in settings:
         if settings.get("Version", "").startswith("sdopt"):
             values["scheduler"] = settings["Sampler"]
         else:

@@ -100,8 +100,8 @@ def _publish(temporary: Path, path: Path) -> None:
         temporary.rename(path)
 
 
-def read_recipe(path: Path) -> PictureRecipe:
-    """How a picture was drawn, from its own text or, failing that, from A1111's.
+def read_recipe(path: Path, *, scheduler: str | None = None) -> PictureRecipe:
+    """How a picture was drawn, from its own text or, failing that, from A1111's with `scheduler` for the sampler.
 
     Raises `UsageError` for a file that is not a PNG or says nothing, `ArtifactError` for one that is damaged or
     of a newer sdopt.
@@ -114,7 +114,7 @@ def read_recipe(path: Path) -> PictureRecipe:
             f"{path} does not say how it was drawn",
             hint="many programs strip such text; take the original file",
         )
-    return PictureRecipe(request=parse_infotext(texts["parameters"]))
+    return PictureRecipe(request=parse_infotext(texts["parameters"], scheduler=scheduler))
 
 
 def _parse_recipe(path: Path, text: str) -> PictureRecipe:

@@ -140,7 +140,7 @@ def _is_in_config(entry: SchedulerEntry, config: Mapping[str, Any]) -> bool:
 
 
 def eta_of(scheduler: SchedulerMixin) -> float:
-    """The randomness of its steps, which pipelines of diffusers hand to those that take it, and which is 0 by default."""
+    """The randomness of its steps. Pipelines of diffusers hand it on, and 0 where they are not told."""
     kind = type(scheduler).__name__
     return max((entry.eta for entry in SCHEDULERS.values() if entry.diffusers_class == kind), default=0.0)
 

@@ -100,7 +100,12 @@ def with_spacing(kind: Any, spacing: Spacing, drops_last_level: bool) -> Any:
         del in_sigmas
         return levels_of(self, num_inference_steps)
 
-    members = {"set_timesteps": set_timesteps, "spacing": spacing, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    members = {
+        "set_timesteps": set_timesteps,
+        "spacing": spacing,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+    }
     if kind.order > 1:
         members["_convert_to_karras"] = convert_to_karras
     return type(kind.__name__, (kind,), members)
@@ -128,7 +133,12 @@ def with_third_order(kind: Any) -> Any:
         gaps = -sigmas.log().diff()  # of the logarithms of the signal's share, oldest first
         r0, r1 = gaps[1] / gaps[2], gaps[0] / gaps[2]
         m0, m1, m2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
-        return moved + alpha * ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
+        moved += alpha * ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
+        return moved
 
-    members = {"multistep_dpm_solver_third_order_update": update, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    members = {
+        "multistep_dpm_solver_third_order_update": update,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+    }
     return type(kind.__name__, (kind,), members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from sdopt.errors import UsageError
 from sdopt.model.family import Family, Prediction
 from sdopt.model.samplers import SAMPLERS, SCHEDULERS, SchedulerName, Spacing, parse_a1111, parse_scheduler
+from sdopt.pictures.infotext import parse_infotext
 from sdopt.pipeline.schedulers import eta_of, label_of, make_scheduler
 from sdopt.pipeline.spacings import space_levels
 
@@ -91,20 +93,20 @@ def ancestral(level: float, after: float) -> tuple[float, float]:
 
 
 def euler(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         x = x + (x - denoise(x, level)) / level * (after - level)
     return x
 
 
 def euler_a(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         down, up = ancestral(level, after)
         x = x + (x - denoise(x, level)) / level * (down - level) + NOISE * up
     return x
 
 
 def heun(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         slope = (x - denoise(x, level)) / level
         ahead = x + slope * (after - level)
         if after:
@@ -115,7 +117,7 @@ def heun(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 
 def lms(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
     slopes: list[torch.Tensor] = []
-    for i, (level, after) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (level, after) in enumerate(pairwise(levels)):
         slopes = [*slopes, (x - denoise(x, level)) / level][-4:]
         used = levels[i - len(slopes) + 1 : i + 1]
         for j, slope in enumerate(slopes):
@@ -126,7 +128,7 @@ def lms(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 
 
 def dpm_2(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         slope = (x - denoise(x, level)) / level
         if after:
             middle = math.sqrt(level * after)
@@ -137,7 +139,7 @@ def dpm_2(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 
 
 def dpm_2_a(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         slope = (x - denoise(x, level)) / level
         down, up = ancestral(level, after)
         if down:
@@ -150,7 +152,7 @@ def dpm_2_a(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 
 def dpmpp_2m(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
     before, last = None, 0.0
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         clean = denoise(x, level)
         if not after:
             return clean
@@ -162,7 +164,7 @@ def dpmpp_2m(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 
 def dpmpp_2m_sde(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
     before, last = None, 0.0
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         clean = denoise(x, level)
         if not after:
             return clean
@@ -178,7 +180,7 @@ def dpmpp_2m_sde(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
 def dpmpp_3m_sde(x: torch.Tensor, levels: list[float]) -> torch.Tensor:
     cleans: list[torch.Tensor] = []
     gaps: list[float] = []
-    for level, after in zip(levels, levels[1:], strict=False):
+    for level, after in pairwise(levels):
         clean = denoise(x, level)
         if not after:
             return clean
@@ -285,14 +287,13 @@ def test_pictures_of_a1111_name_what_it_drew(sampler: str, schedule: str, expect
         ("Restart", "Automatic", "heun"),
         ("DPM++ 2S a Karras", "", "euler_a_karras"),
         ("DPM adaptive", "", "dpm++2m"),
+        ("UniPC", "Automatic", "unipc"),
     ],
 )
-def test_a_sampler_that_would_be_another_is_refused_with_the_nearest(
-    sampler: str, schedule: str, nearest: str
-) -> None:
+def test_a_sampler_that_would_be_another_is_refused_with_the_nearest(sampler: str, schedule: str, nearest: str) -> None:
     with pytest.raises(UsageError, match="there is no scheduler") as caught:
         parse_a1111(sampler, schedule)
-    assert f"the nearest is {nearest}, which draws another picture" in caught.value.hint
+    assert caught.value.hint == f"the nearest draws another picture: --scheduler {nearest}"
     parse_scheduler(nearest)
 
 
@@ -301,6 +302,13 @@ def test_a_spacing_that_a_sampler_has_not_is_refused(schedule: str) -> None:
     for sampler in ("LCM", "TCD") if schedule == "Karras" else ("Euler",):
         with pytest.raises(UsageError, match="there is no scheduler"):
             parse_a1111(sampler, schedule)
+
+
+def test_a_picture_whose_sampler_is_refused_is_drawn_with_another_that_is_given() -> None:
+    text = "x\nSteps: 20, Sampler: Restart, CFG scale: 7, Seed: 1"
+    with pytest.raises(UsageError, match="no scheduler 'Restart'"):
+        parse_infotext(text)
+    assert parse_infotext(text, scheduler="heun").scheduler == "heun"
 
 
 def test_the_randomness_of_tcd_is_that_of_its_paper() -> None:
