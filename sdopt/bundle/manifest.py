@@ -27,7 +27,7 @@ from sdopt.model.recipe import BuildRecipe, Dialect
 from sdopt.model.shape import Extent, ShapeProfile
 from sdopt.model.task import PIPELINE_CLASSES, Task, find_tasks
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 _LIMIT_BYTES = 16 << 20
 
 _CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -51,7 +51,7 @@ class BundleKind(StrEnum):
 
 
 class BundleManifest(Record):
-    schema_version: Literal[7] = 7
+    schema_version: Literal[8] = 8
     kind: BundleKind = BundleKind.PIPELINE
     name: str
     created_utc: str
@@ -173,9 +173,9 @@ def parse_manifest(folder: Path) -> BundleManifest:
         values = _migrate_1(values)
     if version in (1, 2, 3, 4, 5):
         values = _migrate_5(values)
-    if version in (1, 2, 3, 4, 5, 6):
+    if version in (1, 2, 3, 4, 5, 6, 7):
         # 3 added quantisation, 4 the build's time, 5 `ema`, 6 the kind, the tasks and the size of the latents, 7 LoRA
-        # slots, adapters in the weights, and prompts of more than three chunks
+        # slots, adapters in the weights, and prompts of more than three chunks, 8 UNets that run without guidance
         values = {**values, "schema_version": SCHEMA_VERSION}
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))

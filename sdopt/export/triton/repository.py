@@ -130,10 +130,14 @@ def _name_plans(manifest: BundleManifest, part: ComponentName, backend: TritonBa
 
 
 def _find_extents(manifest: BundleManifest, backend: TritonBackend) -> Mapping[str, Extent]:
-    """What the networks take: a graph all sizes of the bundle, a plan those of the first profile."""
+    """What the networks take: a graph all sizes of the bundle, a plan those of the first optimisation profile, with
+    which Triton runs it.
+    """
     if backend is not TritonBackend.TENSORRT:
         return manifest.extents
-    return manifest.profile_extents[0]
+    profile = manifest.profiles[0]
+    extents = profile.axis_extents(manifest.require_pixels_per_latent())
+    return {**extents, "cfg_batch": profile.unet_rows[0]}
 
 
 def _write_model(target: Path, config: ModelConfig) -> None:
