@@ -48,7 +48,7 @@ _FLAGS = {
     help="Folder to write to; for one picture, also the PNG file.",
 )
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
-@click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
+@click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20, or what a few-step model asks for]")
 @click.option("--scale", type=float, help="Guidance scale (CFG). 1 or less turns guidance off.  [default: 7.5]")
 @click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
 @click.option("--size", metavar="WxH", help="One that the bundle was built for.  [default: its first]")
@@ -113,7 +113,8 @@ def generate(
         drawn = draw_files(
             folder, output, requests, trust_engines=trust_engines, names=_FLAGS,
             on_bundle=lambda digest: _compare_bundles(recipe, digest),
-            on_step=lambda share: progress.update("drawing", share), lora_folders=lora_folders,
+            on_step=lambda share: progress.update("drawing", share),
+            on_proposal=lambda told: print(told, file=sys.stderr), lora_folders=lora_folders,
             expected_loras={} if recipe is None else {use.source: use.sha256 for use in recipe.loras},
         )  # fmt: skip
     grid = _write_grid([picture.path for picture in drawn])
@@ -158,7 +159,7 @@ def _make_requests(recipe: PictureRecipe | None, prompts: tuple[str, ...], given
     # The first alone: a seed that is not possible is said as it was given, and not with what is added for the others.
     first = parse_request(base | given | {"prompt": prompts[0] if prompts else base["prompt"]}, names=_FLAGS)
     others = [{"prompt": text, "seed": first.seed + number} for number, text in enumerate(prompts[1:], 1)]
-    return [first, *(parse_request(first.model_dump() | each, names=_FLAGS) for each in others)]
+    return [first, *(parse_request(first.model_dump(exclude_unset=True) | each, names=_FLAGS) for each in others)]
 
 
 def _compare_bundles(recipe: PictureRecipe | None, digest: str) -> None:

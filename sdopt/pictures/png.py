@@ -52,6 +52,8 @@ class PictureRecipe(BaseModel):
     request: DrawRequest
     loras: tuple[LoraUse, ...] = ()
     """What acted on the picture, with the digests of the files: of the request's list, then of its prompt."""
+    proposed: str = ""
+    """What of the request was taken from a few-step model or LoRA, in a sentence."""
 
 
 def write_picture(

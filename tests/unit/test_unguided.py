@@ -105,7 +105,7 @@ def test_a_drawing_without_guidance_is_that_of_both_halves_and_runs_one(scale: f
         extents = profile.axis_extents(bundle.manifest.require_pixels_per_latent())
         bundle.sessions[ComponentName.UNET].extents = extents
         bundle.sessions[ComponentName.UNET].profiles = (extents,)
-        pipe = assemble_pipeline(bundle.folder, bundle.manifest, {**bundle.sessions, ComponentName.UNET: session})
+        pipe = assemble_pipeline(bundle.folder, bundle.manifest, {**bundle.sessions, ComponentName.UNET: session})  # type: ignore[dict-item]
         pipe.set_progress_bar_config(disable=True)
         request = TextToImage(prompt="a large red circle", seed=2, steps=6, guidance_scale=scale, scheduler="euler")
         pictures.append(np.asarray(draw_picture(pipe, request)).astype(float))
