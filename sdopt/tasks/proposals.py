@@ -1,4 +1,4 @@
-"""What a few-step model or LoRA is drawn with where the request leaves it open; what a request says is never changed."""
+"""What a few-step model or LoRA is drawn with where a request leaves it open; what the request says is kept."""
 
 from __future__ import annotations
 
