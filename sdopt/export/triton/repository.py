@@ -135,9 +135,7 @@ def _find_extents(manifest: BundleManifest, backend: TritonBackend) -> Mapping[s
     """
     if backend is not TritonBackend.TENSORRT:
         return manifest.extents
-    profile = manifest.profiles[0]
-    extents = profile.axis_extents(manifest.require_pixels_per_latent())
-    return {**extents, "cfg_batch": profile.unet_rows[0]}
+    return {**manifest.profile_extents[0], "cfg_batch": manifest.profiles[0].batch.scaled(2)}
 
 
 def _write_model(target: Path, config: ModelConfig) -> None:
