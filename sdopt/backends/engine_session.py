@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,18 @@ from sdopt.errors import BackendError
 from sdopt.model.component import ComponentSpec
 from sdopt.model.shape import Extent
 from sdopt.processes.child import peak_rss_bytes
+
+# Of free memory for each byte of the weight file. OpenVINO in fp32 took 4.2 of SD1.5's UNet, whose file has 16 bits:
+# its own copy widened, the same again packed, and room to run (benchmarks/lora_slots.py).
+_ROOM = 5.0
+
+
+def has_room(weights: Path, device: torch.device) -> bool:
+    """Whether there is memory for another engine of these weights beside what is open."""
+    needed = _ROOM * weights.stat().st_size
+    if device.type == "cuda":
+        return bool(torch.cuda.mem_get_info(device)[0] > needed)
+    return bool(psutil.virtual_memory().available > needed)
 
 
 class EngineSession(ABC):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sdopt.backends.engine_session import EngineSession
+from sdopt.backends.engine_session import EngineSession, has_room
 from sdopt.backends.probes import probe_backend
-from sdopt.backends.protocol import ComponentFiles
+from sdopt.backends.protocol import ComponentFiles, axis_sizes
 from sdopt.errors import BackendError, MissingDependency, MissingHardware
 from sdopt.model.backend_settings import OpenVINOSettings
 from sdopt.model.precision import DType, Precision
@@ -36,7 +36,7 @@ class OpenVINOBackend:
             # OpenVINO would emulate bf16 in silence, slower than fp32.
             raise MissingHardware("this processor has no bf16 arithmetic", hint="convert again with --precision fp32")
         try:
-            return OpenVINOSession(component, _compile(component.graph, precision))
+            return OpenVINOSession(component, precision)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {component.graph}: {error}") from error
 
@@ -64,20 +64,31 @@ class _Engine:
         return self.network.infer(known, share_inputs=True, share_outputs=False)
 
 
-def _compile(graph: Path, precision: Precision) -> _Engine:
+def _compile(graph: Path, precision: Precision, rows: Mapping[str, int]) -> _Engine:
+    """`rows` fixes the first axis of inputs that the graph leaves open: the fastest kernels know their sizes."""
     core = openvino.Core()
-    model = core.read_model(graph)
+    model = _read(core, graph, rows)
     sines = None
     if precision is Precision.BF16 and _find_sines(model):
         # bf16 has 8 bits: it rounds the angle of a time embedding, up to 999 radians, to whole radians and more. torch
         # keeps it in fp32. tests/unit/test_openvino_bf16.py shows what it does to the embedding.
-        apart = core.read_model(graph)
+        apart = _read(core, graph, rows)
         sines = _cut_sines_out(apart)
         _replace_sines(model)
     network = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[precision], **_LATENCY})
     fp32 = {"INFERENCE_PRECISION_HINT": _HINTS[Precision.FP32], **_LATENCY}
     small = core.compile_model(sines, "CPU", fp32).create_infer_request() if sines is not None else None
     return _Engine(network.create_infer_request(), small)
+
+
+def _read(core: Any, graph: Path, rows: Mapping[str, int]) -> Any:
+    model = core.read_model(graph)
+    shapes = {name: model.input(name).get_partial_shape() for name in rows}
+    for name, shape in shapes.items():
+        shape[0] = rows[name]
+    if shapes:
+        model.reshape(shapes)
+    return model
 
 
 def _find_sines(model: Any) -> list[Any]:
@@ -134,6 +145,34 @@ _MATRIX_PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 
 
 class OpenVINOSession(EngineSession):
+    """`engine` is the one that runs. Where the UNet takes a number of rows or its double, each has one of its own: that
+    of drawings without guidance is compiled when the first is drawn, and where the machine has no room for two, takes
+    the other's place.
+    """
+
+    def __init__(self, component: ComponentFiles, precision: Precision) -> None:
+        self._precision = precision
+        rows = component.extents["cfg_batch"] if "cfg_batch" in component.spec.named_axes else None
+        self._rows = rows.max if rows is not None and rows.max == 2 * rows.min else None
+        self._others: dict[int | None, _Engine] = {}
+        super().__init__(component, None)
+        self.engine = self._open(self._rows)
+
+    def _open(self, rows: int | None) -> _Engine:
+        batched = [t.name for t in self.spec.inputs if t.axes[:1] == ("cfg_batch",)] if rows is not None else []
+        return _compile(self._component.graph, self._precision, dict.fromkeys(batched, rows or 0))
+
+    def _switch(self, rows: int) -> None:
+        """Make the engine for so many rows the one that runs."""
+        if self._rows is None or rows == self._rows:
+            return
+        if has_room(self._component.weights, self.device):
+            self._others[self._rows] = self.engine
+        self.engine = None
+        self.engine = self._others.pop(rows, None) or self._open(rows)
+        self._rows = rows
+        self.engine.bind({name: _to_feed(tensor) for name, tensor in self.bound.items()})
+
     def integer_layers(self) -> int:
         nodes = [op.get_rt_info() for op in self.engine.network.get_compiled_model().get_runtime_model().get_ops()]
         return sum(
@@ -148,6 +187,7 @@ class OpenVINOSession(EngineSession):
     def _compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         feeds = {name: _to_feed(tensor) for name, tensor in inputs.items()}
         try:
+            self._switch(axis_sizes(self.spec, inputs).get("cfg_batch", 0))
             results = self.engine.run(feeds)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed in {self.spec.name}: {error}") from error

@@ -13,11 +13,10 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 
-import psutil
 import torch
 
 from sdopt import progress
-from sdopt.backends.engine_session import EngineSession
+from sdopt.backends.engine_session import EngineSession, has_room
 from sdopt.backends.protocol import ComponentFiles, MemoryUse, Session, ShowsKernels
 from sdopt.backends.wrapped_session import WrappedSession
 from sdopt.bundle.records import SlotsRecord
@@ -28,9 +27,6 @@ from sdopt.model.slots import WORDS_INPUT, WORDS_LIMIT, Slot, input_names, slot_
 from sdopt.weights.to_torch import TORCH_DTYPES
 
 Open = Callable[[ComponentFiles, BackendSettings], Session]
-# Of free memory for each byte of the weight file. OpenVINO in fp32 took 4.2 of SD1.5's UNet, whose file has 16 bits:
-# its own copy widened, the same again packed, and room to run (benchmarks/lora_slots.py).
-_ROOM = 5.0
 
 
 class SlottedSession(WrappedSession):
@@ -155,7 +151,7 @@ class SlottedSession(WrappedSession):
         if engine is not None:
             return self._use(engine)
         other = self._plain if slotted else self._slotted
-        if other is not None and not self._has_room():
+        if other is not None and not has_room(self._component.weights, self.device):
             other.close()
             self._plain = self._slotted = None
         progress.update(f"opening {self.spec.name} {'with' if slotted else 'without'} {self._what}", 0.0)
@@ -180,12 +176,6 @@ class SlottedSession(WrappedSession):
         if isinstance(engine, ShowsKernels):
             self.integer_layers = engine.integer_layers
         return engine
-
-    def _has_room(self) -> bool:
-        needed = _ROOM * self._component.weights.stat().st_size
-        if self.device.type == "cuda":
-            return bool(torch.cuda.mem_get_info(self.device)[0] > needed)
-        return bool(psutil.virtual_memory().available > needed)
 
     def memory(self) -> MemoryUse:
         return self._engine(slotted=bool(self._filled)).memory()

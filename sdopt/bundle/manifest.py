@@ -175,7 +175,8 @@ def parse_manifest(folder: Path) -> BundleManifest:
         values = _migrate_5(values)
     if version in (1, 2, 3, 4, 5, 6, 7):
         # 3 added quantisation, 4 the build's time, 5 `ema`, 6 the kind, the tasks and the size of the latents, 7 LoRA
-        # slots, adapters in the weights, and prompts of more than three chunks, 8 words from outside
+        # slots, adapters in the weights, and prompts of more than three chunks, 8 words from outside and UNets that run
+        # without guidance
         values = {**values, "schema_version": SCHEMA_VERSION}
     try:
         manifest = BundleManifest.model_validate_json(json.dumps(values))

@@ -17,7 +17,7 @@ from sdopt.cli.text import TRUST_ENGINE_HELP
 from sdopt.errors import ShapeError, UsageError
 from sdopt.model.lora import parse_lora
 from sdopt.model.request import DrawRequest, parse_request
-from sdopt.model.samplers import SchedulerName
+from sdopt.model.samplers import NAMES_IN_WORDS
 from sdopt.model.shape import parse_size
 from sdopt.tasks.draw_files import draw_files
 from sdopt.tasks.words import choose_words
@@ -25,7 +25,6 @@ from sdopt.tasks.words import choose_words
 if TYPE_CHECKING:
     from sdopt.pictures.png import PictureRecipe
 
-_NAMES = ", ".join(SchedulerName)
 _FLAGS = {
     "prompt": "the prompt",
     "negative_prompt": "--negative",
@@ -50,7 +49,7 @@ _FLAGS = {
     help="Folder to write to; for one picture, also the PNG file.",
 )
 @click.option("--negative", metavar="TEXT", help="What the pictures should not show.")
-@click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20]")
+@click.option("--steps", type=int, help="Steps of the scheduler.  [default: 20, or what a few-step model asks for]")
 @click.option("--scale", type=float, help="Guidance scale (CFG). 1 or less turns guidance off.  [default: 7.5]")
 @click.option("--seed", type=int, help="Seed of the first picture, one more for each further one.  [default: random]")
 @click.option("--size", metavar="WxH", help="One that the bundle was built for.  [default: its first]")
@@ -66,7 +65,7 @@ _FLAGS = {
     "--embedding", "embeddings", multiple=True, type=click.Path(path_type=Path), metavar="FILE|FOLDER",
     help="Textual inversion: the prompts may have its word, which is the file's name; of a folder, those they have.",
 )  # fmt: skip
-@click.option("--scheduler", metavar="NAME", help=f"One of {_NAMES}.  [default: the checkpoint's own]")
+@click.option("--scheduler", metavar="NAME", help=f"One of {NAMES_IN_WORDS}.  [default: the checkpoint's own]")
 @click.option(
     "--from-image",
     type=click.Path(path_type=Path),
@@ -109,7 +108,7 @@ def generate(
         given["width_px"], given["height_px"] = _parse_size(size)
     if loras:
         given["loras"] = [dataclasses.asdict(parse_lora(text)) for text in loras]
-    recipe = _read(from_image)
+    recipe = _read(from_image, scheduler)
     if recipe is None and not prompts:
         raise UsageError(
             "there is nothing to draw",
@@ -122,7 +121,8 @@ def generate(
         drawn = draw_files(
             folder, output, requests, trust_engines=trust_engines, names=_FLAGS,
             on_bundle=lambda digest: _compare_bundles(recipe, digest),
-            on_step=lambda share: progress.update("drawing", share), lora_folders=lora_folders,
+            on_step=lambda share: progress.update("drawing", share),
+            on_proposal=lambda told: print(told, file=sys.stderr), lora_folders=lora_folders,
             expected_loras={} if recipe is None else {use.source: use.sha256 for use in recipe.loras},
             expected_words={} if recipe is None else {Path(use.source).stem: use.sha256 for use in recipe.embeddings},
         )  # fmt: skip
@@ -149,12 +149,12 @@ def _write_grid(paths: list[Path]) -> str | None:
     return str(write_grid(paths))
 
 
-def _read(from_image: Path | None) -> PictureRecipe | None:
+def _read(from_image: Path | None, scheduler: str | None) -> PictureRecipe | None:
     from sdopt.pictures.png import read_recipe
 
     if from_image is None:
         return None
-    recipe = read_recipe(from_image)
+    recipe = read_recipe(from_image, scheduler=scheduler)
     if not recipe.bundle_sha256:
         print(
             f"{from_image} was not drawn by sdopt: its settings are taken, its noise is not known",
@@ -168,7 +168,7 @@ def _make_requests(recipe: PictureRecipe | None, prompts: tuple[str, ...], given
     # The first alone: a seed that is not possible is said as it was given, and not with what is added for the others.
     first = parse_request(base | given | {"prompt": prompts[0] if prompts else base["prompt"]}, names=_FLAGS)
     others = [{"prompt": text, "seed": first.seed + number} for number, text in enumerate(prompts[1:], 1)]
-    return [first, *(parse_request(first.model_dump() | each, names=_FLAGS) for each in others)]
+    return [first, *(parse_request(first.model_dump(exclude_unset=True) | each, names=_FLAGS) for each in others)]
 
 
 def _compare_bundles(recipe: PictureRecipe | None, digest: str) -> None:

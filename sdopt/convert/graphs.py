@@ -81,7 +81,7 @@ def _describe_job(plan: BuildPlan, name: ComponentName) -> TraceJob:
     layout = storage_layout(part.tensors, part.graph_dtype)
     return TraceJob(
         part.architecture, part.spec, dict(part.config), dict(plan.extents), layout, part.graph_dtype,
-        plan.recipe.dialect, plan.dynamic,
+        plan.recipe.dialect, plan.is_dynamic(name),
     )  # fmt: skip
 
 

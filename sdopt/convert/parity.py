@@ -85,7 +85,7 @@ def parity_key(plan: BuildPlan, name: ComponentName, weights_sha256: str, runtim
 
 def list_points(plan: BuildPlan, name: ComponentName) -> list[dict[str, Extent]]:
     """What a component is compared at, as sizes of the named axes: the usual size of every profile and every prompt
-    length, each once.
+    length, each once; and the UNet also on the rows of a drawing without guidance.
 
     A graph with symbolic axes may be right at the sizes that it was traced at and wrong at others, so a range is
     entered a second time, away from its usual size and not square.
@@ -101,6 +101,10 @@ def list_points(plan: BuildPlan, name: ComponentName) -> list[dict[str, Extent]]
         profile = ShapeProfile.static(width_px=width_px, height_px=height_px, batch=batch, tokens=tokens)
         extents = profile.axis_extents(model.pixels_per_latent)
         points.setdefault(tuple(extents[axis] for axis in plan.components[name].spec.named_axes), extents)
+    if name is ComponentName.UNET and plan.profile.unguided:
+        first = next(iter(points.values()))
+        unguided = {**first, "cfg_batch": Extent.static(plan.profile.batch.opt)}
+        points[tuple(unguided.values())] = unguided
     return list(points.values())
 
 

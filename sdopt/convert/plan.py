@@ -98,10 +98,11 @@ class BuildPlan:
     components: Mapping[ComponentName, ComponentPlan]
     quantization: QuantizationSettings | None = None
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether the graphs have symbolic axes: for several sizes, a range, or several prompt lengths."""
-        return self.recipe.dynamic or not self.profile.is_static
+    def is_dynamic(self, name: ComponentName) -> bool:
+        """Whether a graph has symbolic axes: for several sizes, a range, several prompt lengths, or none or all of the
+        rows that guidance adds.
+        """
+        return _is_dynamic(self.components[name].spec, self.extents)
 
 
 def resolve_build(
@@ -117,10 +118,7 @@ def resolve_build(
     profile = ShapeProfile.covering(profiles)
     extents = profile.axis_extents(checkpoint.pixels_per_latent)
     names = [name for name in ComponentName if name in checkpoint.components]
-    dynamic = recipe.dynamic or not profile.is_static
-    components = {
-        name: _resolve_component(name, checkpoint, recipe, extents, dynamic, chosen.get(name)) for name in names
-    }
+    components = {name: _resolve_component(name, checkpoint, recipe, extents, chosen.get(name)) for name in names}
     return BuildPlan(checkpoint, recipe, profile, profiles, extents, components, _read_quantization(recipe))
 
 
@@ -147,18 +145,18 @@ def _resolve_profiles(recipe: BuildRecipe, checkpoint: Checkpoint) -> tuple[Shap
     tokens = Extent(CHUNK_TOKENS, CHUNK_TOKENS, recipe.tokens)
     if not recipe.dynamic:
         batch = Extent.static(recipe.batch)
-        return tuple(ShapeProfile(batch, height, width, tokens) for width, height in sizes)
+        return tuple(ShapeProfile(batch, height, width, tokens, unguided=True) for width, height in sizes)
     low, high = _DYNAMIC_SIDE_PX
 
     def span(side_px: Extent) -> Extent:
         return Extent(min(low, side_px.min), side_px.opt, max(high, side_px.max))
 
     batch = Extent(1, recipe.batch, max(_DYNAMIC_BATCH, recipe.batch))
-    return tuple(ShapeProfile(batch, span(height), span(width), tokens) for width, height in sizes[:1])
+    return tuple(ShapeProfile(batch, span(height), span(width), tokens, unguided=True) for width, height in sizes[:1])
 
 
 def _resolve_component(
-    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent], dynamic: bool,
+    name: ComponentName, checkpoint: Checkpoint, recipe: BuildRecipe, extents: Mapping[str, Extent],
     chosen: PrecisionChoice | None,
 ) -> ComponentPlan:  # fmt: skip
     source = checkpoint.components[name]
@@ -167,7 +165,7 @@ def _resolve_component(
     precision = _precision_of(backend, asked)
     dtype = graph_dtype(precision, backend)
     spec = describe_component(name, source.config, checkpoint.family, dtype)
-    architecture = _architecture_key(source.config, spec, extents, source.tensors, dtype, recipe.dialect, dynamic)
+    architecture = _architecture_key(source.config, spec, extents, source.tensors, dtype, recipe.dialect)
     weights_key = identify_weights(source.tensors, dtype)
     reason = "" if chosen is None else chosen.reason
     return ComponentPlan(spec, source.config, source.tensors, precision, backend, architecture, weights_key, reason)
@@ -225,7 +223,7 @@ def require_backends(plan: BuildPlan) -> None:
 
 def _architecture_key(
     config: Config, spec: ComponentSpec, extents: Mapping[str, Extent], tensors: Mapping[str, TensorRef],
-    dtype: DType, dialect: Dialect, dynamic: bool,
+    dtype: DType, dialect: Dialect,
 ) -> str:  # fmt: skip
     layout = storage_layout(tensors, dtype)
     return digest_of(
@@ -237,10 +235,14 @@ def _architecture_key(
             # Byte offsets are part of the graph, and follow from these.
             "layout": {name: [kind, list(shape)] for name, (kind, shape) in layout.items()},
             "dialect": dialect,
-            "dynamic": dynamic,
+            "dynamic": _is_dynamic(spec, extents),
             "tracers": {name: version(name) for name in _TRACERS},
         }
     )
+
+
+def _is_dynamic(spec: ComponentSpec, extents: Mapping[str, Extent]) -> bool:
+    return any(not extents[axis].is_static for axis in spec.named_axes)
 
 
 def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:

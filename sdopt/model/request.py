@@ -25,7 +25,7 @@ from pydantic import (
 from sdopt.errors import UsageError
 from sdopt.model.accepted import describe_values
 from sdopt.model.lora import LoraUse, WordUse
-from sdopt.model.samplers import SchedulerName, parse_scheduler
+from sdopt.model.samplers import NAMES_IN_WORDS, SchedulerName, parse_scheduler
 from sdopt.model.task import Task
 
 SEED_LIMIT = 2**63
@@ -151,7 +151,7 @@ def _describe(error: ValidationError, names: Mapping[str, str]) -> str:
 
 def accepted_values(task: type[_Request], field: str) -> str:
     """What a field takes, in words: "a whole number from 1 to 1000"."""
-    return describe_values(task.model_json_schema()["properties"][field]) or f"one of {', '.join(SchedulerName)}"
+    return describe_values(task.model_json_schema()["properties"][field]) or f"one of {NAMES_IN_WORDS}"
 
 
 def _quote(value: object) -> str:

@@ -61,16 +61,21 @@ class ShapeProfile:
     height_px: Extent
     width_px: Extent
     tokens: Extent = Extent(CHUNK_TOKENS, CHUNK_TOKENS, CHUNK_TOKENS)
+    unguided: bool = False
+    """Whether the UNet also runs on the pictures alone, as drawings without guidance need: half the work. Without it,
+    as in bundles of before schema 8, it always runs on two rows a picture."""
 
     @classmethod
     def static(cls, *, height_px: int, width_px: int, batch: int = 1, tokens: int = 77) -> ShapeProfile:
-        return cls(*map(Extent.static, (batch, height_px, width_px, tokens)))
+        batches, heights, widths, lengths = map(Extent.static, (batch, height_px, width_px, tokens))
+        return cls(batches, heights, widths, lengths)
 
     @classmethod
     def covering(cls, profiles: Sequence[ShapeProfile]) -> ShapeProfile:
         """The smallest profile that contains all of them; its usual sizes are those of the first."""
         columns = zip(*((p.batch, p.height_px, p.width_px, p.tokens) for p in profiles), strict=True)
-        return cls(*map(Extent.covering, columns))
+        batch, height_px, width_px, tokens = map(Extent.covering, columns)
+        return cls(batch, height_px, width_px, tokens, unguided=all(p.unguided for p in profiles))
 
     @property
     def is_static(self) -> bool:
@@ -86,15 +91,24 @@ class ShapeProfile:
         """The prompt lengths that the UNet takes, in chunks: 1 is 77 tokens, 3 is 231."""
         return tuple(range(self.tokens.min // CHUNK_TOKENS, self.tokens.max // CHUNK_TOKENS + 1))
 
+    @property
+    def unet_rows(self) -> tuple[Extent, ...]:
+        """What the UNet takes at a time: two rows a picture, and also one, each static where the batch is."""
+        guided = self.batch.scaled(2)
+        if not self.unguided:
+            return (guided,)
+        return (guided, self.batch) if self.batch.is_static else (Extent(self.batch.min, guided.opt, guided.max),)
+
     def axis_extents(self, vae_factor: int) -> dict[str, Extent]:
         """Size of every named axis that `ComponentSpec` uses. `vae_factor` is pixels per latent element.
 
-        The UNet sees each picture twice (with and without the prompt) for classifier-free guidance: `cfg_batch`.
+        The UNet sees each picture twice (with and without the prompt) for classifier-free guidance, and where the
+        profile is `unguided` also once: `cfg_batch`.
         `tokens` is what the text encoders take, always one chunk; `prompt_tokens` is what the UNet takes.
         """
         return {
             "batch": self.batch,
-            "cfg_batch": self.batch.scaled(2),
+            "cfg_batch": Extent.covering(self.unet_rows),
             "height": self.height_px,
             "width": self.width_px,
             "latent_height": self.height_px.scaled(1, vae_factor),

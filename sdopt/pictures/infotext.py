@@ -15,6 +15,7 @@ from typing import Any
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.lora import LoraUse
 from sdopt.model.request import DrawRequest, parse_request
+from sdopt.model.samplers import parse_a1111
 
 _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -69,9 +70,9 @@ def _name_of(use: LoraUse) -> str:
     return name.removesuffix(".safetensors")
 
 
-def parse_infotext(text: str) -> DrawRequest:
+def parse_infotext(text: str, *, scheduler: str | None = None) -> DrawRequest:
     """The request in a `parameters` text, as far as sdopt has the settings; others (hires fix, …) are left
-    out.
+    out. `scheduler` is taken instead of the text's, which may be one that sdopt does not have.
 
     Raises `ArtifactError` for a text that is not of this format, `UsageError` for a setting that sdopt cannot
     follow.
@@ -88,10 +89,13 @@ def parse_infotext(text: str) -> DrawRequest:
     values |= {"guidance_scale": settings["CFG scale"]} if "CFG scale" in settings else {}
     if size := _SIZE.fullmatch(settings.get("Size", "")):
         values |= {"width_px": size[1], "height_px": size[2]}
-    if "Sampler" in settings:
-        # Newer versions name the spacing of sigmas apart from the sampler.
-        karras = " Karras" if settings.get("Schedule type") == "Karras" else ""
-        values["scheduler"] = settings["Sampler"] + karras
+    if scheduler is not None:
+        values["scheduler"] = scheduler
+    elif "Sampler" in settings:
+        if settings.get("Version", "").startswith("sdopt"):
+            values["scheduler"] = settings["Sampler"]
+        else:
+            values["scheduler"] = parse_a1111(settings["Sampler"], settings.get("Schedule type", ""))
     if settings.get("Clip skip", "1").isdecimal() and (skip := int(settings.get("Clip skip", "1"))) > 1:
         values["clip_skip"] = skip - 1
     return parse_request(values)

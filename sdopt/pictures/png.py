@@ -54,6 +54,8 @@ class PictureRecipe(BaseModel):
     """What acted on the picture, with the digests of the files: of the request's list, then of its prompt."""
     embeddings: tuple[WordUse, ...] = ()
     """The words that its prompts could have, with the digests of the files."""
+    proposed: str = ""
+    """What of the request was taken from a few-step model or LoRA, in a sentence."""
 
 
 def write_picture(
@@ -102,8 +104,8 @@ def _publish(temporary: Path, path: Path) -> None:
         temporary.rename(path)
 
 
-def read_recipe(path: Path) -> PictureRecipe:
-    """How a picture was drawn, from its own text or, failing that, from A1111's.
+def read_recipe(path: Path, *, scheduler: str | None = None) -> PictureRecipe:
+    """How a picture was drawn, from its own text or, failing that, from A1111's with `scheduler` for the sampler.
 
     Raises `UsageError` for a file that is not a PNG or says nothing, `ArtifactError` for one that is damaged or
     of a newer sdopt.
@@ -116,7 +118,7 @@ def read_recipe(path: Path) -> PictureRecipe:
             f"{path} does not say how it was drawn",
             hint="many programs strip such text; take the original file",
         )
-    return PictureRecipe(request=parse_infotext(texts["parameters"]))
+    return PictureRecipe(request=parse_infotext(texts["parameters"], scheduler=scheduler))
 
 
 def _parse_recipe(path: Path, text: str) -> PictureRecipe:

@@ -22,7 +22,8 @@ def run_rows(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, 
     """Run a session on tensors of any number of rows and any float type; the outputs are fp32.
 
     Runs are as large as the engine takes. One that is too small is padded with copies of its last row, and
-    the copies' results are dropped. An input without a batch axis (the timestep) goes to every run as it is.
+    the copies' results are dropped. A UNet that takes a number of rows or its double takes nothing between. An input
+    without a batch axis (the timestep) goes to every run as it is.
     Raises `ShapeError` for no rows, for inputs that disagree on their number, and for sizes not built for.
     """
     spec = session.spec
@@ -38,9 +39,8 @@ def run_rows(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, 
     runs: list[dict[str, torch.Tensor]] = []
     for start in range(0, rows, extent.max):
         stop = min(rows, start + extent.max)
-        part = {
-            name: _cut(value, start, stop, extent.min) if name in batched else value for name, value in inputs.items()
-        }
+        least = extent.max if extent.max == 2 * extent.min < 2 * (stop - start) else extent.min
+        part = {name: _cut(value, start, stop, least) if name in batched else value for name, value in inputs.items()}
         runs.append({name: value[: stop - start].float() for name, value in _run(session, part).items()})
     return runs[0] if len(runs) == 1 else {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import ArtifactError, UsageError
 from sdopt.model.family import Family, Prediction
-from sdopt.model.samplers import SCHEDULERS, SchedulerEntry, SchedulerName, parse_scheduler
+from sdopt.model.samplers import SAMPLERS, SCHEDULERS, SchedulerEntry, SchedulerName, Spacing, parse_scheduler
+from sdopt.pipeline.spacings import with_spacing, with_third_order
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -57,13 +58,13 @@ def make_scheduler(
         return _make_own(base_config, family, prediction)
     name = parse_scheduler(name)
     entry = SCHEDULERS[name]
-    kind = _diffusers_class(entry.diffusers_class)
+    kind = _diffusers_class(entry.diffusers_class, entry)
     accepted = inspect.signature(kind.__init__).parameters
     zero_snr = bool(base_config.get("rescale_betas_zero_snr"))
     if zero_snr:
         _refuse_zero_snr(name, entry, accepted)
     config = _PUBLISHED | {key: base_config[key] for key in _OF_THE_CHECKPOINT if key in base_config}
-    config |= _spacing(base_config, family, zero_snr)
+    config |= _spacing(base_config, family, zero_snr) if entry.spacing is None else _named_spacing(entry.spacing)
     # Latents are not bounded, so nothing may be clipped to [-1, 1] as in the pixel models that diffusers
     # began with.
     config |= {"prediction_type": prediction.value, "clip_sample": False, **entry.settings}
@@ -82,17 +83,27 @@ def _spacing(base_config: Mapping[str, Any], family: Family, zero_snr: bool) -> 
     return offset | ({"timestep_spacing": "leading"} if family.is_xl else {})
 
 
+def _named_spacing(spacing: Spacing) -> dict[str, Any]:
+    """What classes of diffusers have that comes nearest, and with which they begin at the first level."""
+    return {"steps_offset": 1, "timestep_spacing": "trailing" if spacing is Spacing.SGM_UNIFORM else "linspace"}
+
+
 def _refuse_zero_snr(name: SchedulerName, entry: SchedulerEntry, accepted: Mapping[str, object]) -> None:
     if "rescale_betas_zero_snr" not in accepted:
         reason = f"{entry.diffusers_class} cannot represent a last step without any signal"
-    elif entry.settings.get("use_karras_sigmas"):
-        reason = "Karras spacing would spend half of its steps above a sigma of 50, where there is only noise"
+    elif entry.spacing not in (None, Spacing.SGM_UNIFORM):
+        reason = "its spacing would spend steps above a sigma of 50, where there is only noise"
     else:
         return
+    fit = [each for each in SAMPLERS if "rescale_betas_zero_snr" in _settings_of(SCHEDULERS[each].diffusers_class)]
     raise UsageError(
         f"{name.value!r} does not fit this checkpoint, which was trained to zero terminal SNR: {reason}",
-        hint="these fit: ddim, ddpm, euler, euler_a, dpm++2m, dpm++2m_sde, unipc, lcm",
+        hint=f"these fit: {', '.join(fit)}",
     )
+
+
+def _settings_of(diffusers_class: str) -> Mapping[str, object]:
+    return inspect.signature(_diffusers_class(diffusers_class).__init__).parameters
 
 
 def _make_own(base_config: Mapping[str, Any], family: Family, prediction: Prediction) -> SchedulerMixin:
@@ -111,16 +122,30 @@ def _make_own(base_config: Mapping[str, Any], family: Family, prediction: Predic
 def label_of(scheduler: SchedulerMixin) -> str:
     """A1111's name of a scheduler; the name of its class where A1111 has none."""
     kind, config = type(scheduler).__name__, scheduler.config
+    spacing = getattr(scheduler, "spacing", None)
     # A class can be several samplers: the one with the most settings in common is meant.
     matches = [
         entry
         for entry in SCHEDULERS.values()
-        if entry.diffusers_class == kind and all(config.get(key) == v for key, v in entry.settings.items())
+        if entry.diffusers_class == kind
+        and (entry.spacing is spacing or (spacing is None and _is_in_config(entry, config)))
+        and all(config.get(key, v) == v for key, v in entry.settings.items())
     ]
     return max(matches, key=lambda entry: len(entry.settings)).label if matches else kind
 
 
-def _diffusers_class(name: str) -> Any:
+def _is_in_config(entry: SchedulerEntry, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of diffusers' own spacing has the entry's in its settings, as a checkpoint's may."""
+    return any(key.endswith("_sigmas") and config.get(key) for key in entry.settings)
+
+
+def eta_of(scheduler: SchedulerMixin) -> float:
+    """The randomness of its steps. Pipelines of diffusers hand it on, and 0 where they are not told."""
+    kind = type(scheduler).__name__
+    return max((entry.eta for entry in SCHEDULERS.values() if entry.diffusers_class == kind), default=0.0)
+
+
+def _diffusers_class(name: str, entry: SchedulerEntry | None = None) -> Any:
     import diffusers
 
     kind = getattr(diffusers, name, None) if name.isidentifier() and not name.startswith("_") else None
@@ -129,6 +154,10 @@ def _diffusers_class(name: str) -> Any:
             f"the bundle's scheduler {name!r} is not one that diffusers {diffusers.__version__} has",
             hint="choose one with --scheduler",
         )
+    if entry is not None and entry.settings.get("solver_order") == 3:
+        kind = with_third_order(kind)
+    if entry is not None and entry.spacing is not None:
+        kind = with_spacing(kind, entry.spacing, entry.drops_last_level)
     return _with_host_timesteps(kind)
 
 

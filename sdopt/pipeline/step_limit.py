@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdopt.errors import UsageError
-from sdopt.model.samplers import SCHEDULERS
+from sdopt.model.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -42,7 +42,7 @@ def require_steps(scheduler: SchedulerMixin, steps: object, *, name: str = "step
         raise UsageError(f"{label} cannot draw with this checkpoint's noise schedule: {reason}")
     raise UsageError(
         f"{name} is {steps}, and {label} can do {most} at most with this checkpoint's noise schedule: {reason}",
-        hint=f"ask for {most} steps or fewer, or for another scheduler: {', '.join(SCHEDULERS)}",
+        hint=f"ask for {most} steps or fewer, or for another scheduler: {', '.join(SAMPLERS)}",
     )
 
 

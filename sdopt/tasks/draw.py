@@ -96,11 +96,14 @@ def _draw(
 def _arguments(group: Sequence[PreparedRequest]) -> dict[str, Any]:
     import torch
 
+    from sdopt.pipeline.schedulers import eta_of
+
     first = group[0].request
     arguments: dict[str, Any] = {
         "prompt": [each.prompt for each in group],
         "num_inference_steps": first.steps,
         "guidance_scale": first.guidance_scale,
+        "eta": eta_of(group[0].scheduler),
         "generator": [torch.Generator("cpu").manual_seed(each.request.seed) for each in group],
         "clip_skip": first.clip_skip,
     }

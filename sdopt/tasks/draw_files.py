@@ -20,6 +20,7 @@ from sdopt.model.samplers import SCHEDULERS
 from sdopt.pictures.png import PictureRecipe, write_picture
 from sdopt.tasks.loras import LoraFinder, list_loras
 from sdopt.tasks.prepare import PreparedRequest, check_prompts
+from sdopt.tasks.proposals import ProposedRequest, take_proposals
 
 # What a user means as the name of a picture, and not of a folder.
 _OTHER_PICTURES = frozenset(
@@ -57,6 +58,7 @@ def draw_files(
     names: Mapping[str, str] | None = None,
     on_bundle: Callable[[str], None] = lambda digest: None,
     on_step: Callable[[float], None] | None = None,
+    on_proposal: Callable[[str], None] = lambda told: None,
     lora_folders: Sequence[Path] = (),
     expected_loras: Mapping[str, str] = MappingProxyType({}),
     expected_words: Mapping[str, str] = MappingProxyType({}),
@@ -64,6 +66,7 @@ def draw_files(
     """Draw the requests with the bundle in `folder`, and write each picture as soon as it is drawn.
 
     `output` is a folder, made where it is missing, or the .png file of the only picture; nothing is overwritten.
+    What a request does not say and a few-step model or LoRA proposes is taken, and `on_proposal` is told so in a line.
     `on_bundle` is told the digest of the bundle before anything is drawn, `on_step` the share of the work done, and
     `names` are what the user calls the fields of a request. LoRAs are looked for in `lora_folders`, and their files
     have the digests of `expected_loras`, by name, and those of textual inversions of `expected_words`. Raises what
@@ -83,6 +86,10 @@ def draw_files(
             finder.find(use.source)
     _require_output(output, len(requests))
     folder = open_links(folder)
+    proposed = take_proposals(folder, requests, finder, names or {})
+    requests = [each.request for each in proposed]
+    for told in dict.fromkeys(each.told for each in proposed if each.told):
+        on_proposal(told)
     for request in requests:
         # Opening a large bundle takes long; its scheduler is a small file.
         require_steps(
@@ -99,7 +106,7 @@ def draw_files(
             expected_loras=expected_loras, expected_words=expected_words,
         )  # fmt: skip
         # `prepared` is filled when the first picture is asked for.
-        return [_write(output, pipe, requests[number], image, prepared[number]) for number, image in enumerate(images)]
+        return [_write(output, pipe, proposed[number], image, prepared[number]) for number, image in enumerate(images)]
     finally:
         close_engines(pipe)
 
@@ -110,22 +117,18 @@ def is_picture(output: Path) -> bool:
 
 
 def _write(
-    output: Path, pipe: Any, request: DrawRequest, image: Any, prepared: PreparedRequest
+    output: Path, pipe: Any, proposed: ProposedRequest, image: Any, prepared: PreparedRequest
 ) -> DrawnPicture:  # fmt: skip
     from sdopt.pipeline.opened import opened_bundle
     from sdopt.pipeline.schedulers import label_of
 
-    bundle = opened_bundle(pipe)
+    bundle, request = opened_bundle(pipe), proposed.request
     manifest = bundle.manifest
     sampler = label_of(pipe.scheduler) if request.scheduler is None else SCHEDULERS[request.scheduler].label
     recipe = PictureRecipe(
-        sdopt=__version__,
-        bundle=manifest.name,
-        bundle_sha256=bundle.digest,
-        request=request,
-        loras=prepared.loras,
-        embeddings=prepared.embeddings,
-    )
+        sdopt=__version__, bundle=manifest.name, bundle_sha256=bundle.digest, request=request, loras=prepared.loras,
+        embeddings=prepared.embeddings, proposed=proposed.told,
+    )  # fmt: skip
     path = write_picture(output, image, recipe, sampler=sampler, model_hash=manifest.source.digest[:10])
     return DrawnPicture(path, sampler, request, image.width, image.height)
 

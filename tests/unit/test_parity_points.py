@@ -53,7 +53,9 @@ def test_every_size_and_prompt_length_is_compared_once(recipe: dict[str, Any], p
     plan = plan_of(**recipe)
     multiple_px = 16
     assert all(width % multiple_px == height % multiple_px == 0 for width, height, _ in points)
-    assert points_of(plan, ComponentName.UNET) == points
+    # The last: on the rows of a drawing without guidance.
+    assert points_of(plan, ComponentName.UNET) == [*points, points[0]]
+    assert [point["cfg_batch"].opt for point in list_points(plan, ComponentName.UNET)] == [*(2 for _ in points), 1]
     sizes = list(dict.fromkeys((width, height) for width, height, _ in points))
     assert [point[:2] for point in points_of(plan, ComponentName.VAE_DECODER)] == sizes
     assert len(points_of(plan, ComponentName.TEXT_ENCODER)) == 1

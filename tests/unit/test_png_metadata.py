@@ -19,7 +19,7 @@ from sdopt.cli.generate import generate
 from sdopt.errors import ArtifactError, DrawingError, SdoptError, UsageError
 from sdopt.model.lora import LoraUse
 from sdopt.model.request import TextToImage
-from sdopt.model.samplers import SCHEDULERS, SchedulerName
+from sdopt.model.samplers import SAMPLERS, SCHEDULERS, SchedulerName, Spacing
 from sdopt.pictures.infotext import format_infotext, parse_infotext
 from sdopt.pictures.png import PictureRecipe, read_recipe, write_picture
 from sdopt.tasks.loras import list_loras
@@ -447,7 +447,7 @@ def test_a_picture_with_nan_is_an_error_and_nothing_is_written(
 def test_help_lists_every_scheduler() -> None:
     # The terminal's width may break a line at any space.
     text = " ".join(run("--help").stdout.replace("│", " ").split())
-    assert all(name in text for name in SchedulerName)
+    assert all(name in text for name in (*SAMPLERS, *Spacing))
 
 
 def test_a_checkpoint_is_told_from_a_bundle_and_the_hint_writes_elsewhere(tmp_path: Path) -> None:

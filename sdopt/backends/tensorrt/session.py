@@ -105,7 +105,12 @@ class TensorRTSession(EngineSession):
         record = choose_plan(self._component, sizes)
         chunks = sizes.get("prompt_tokens", CHUNK_TOKENS) // CHUNK_TOKENS
         plan: OpenPlan = self.engine.get(record.file) or self._open(record)
-        return plan.run(inputs, record.prompt_chunks.index(chunks), self.bound)
+        place = record.prompt_chunks.index(chunks)
+        rows = self._component.profiles[record.profile].get("cfg_batch")
+        if rows is not None and sizes.get("cfg_batch") == rows.min < rows.opt and rows.max == 2 * rows.min:
+            # The optimisation profiles of drawings without guidance come after the others.
+            place += len(record.prompt_chunks)
+        return plan.run(inputs, place, self.bound)
 
     def _open(self, record: PlanRecord) -> OpenPlan:
         plan = OpenPlan(self._component, record, self._settings, self._library, self._gpu, self._identity)

@@ -160,10 +160,17 @@ def library_version(plan: BuildPlan) -> str:
 def input_shapes(
     spec: ComponentSpec, profile: ShapeProfile, factor: int, slots: SlotsRecord | None = None
 ) -> Shapes:  # fmt: skip
-    """(min, opt, max) of every input, once for each optimisation profile: those of the prompt lengths."""
+    """(min, opt, max) of every input, once for each optimisation profile: those of the prompt lengths, with guidance
+    and then, where the UNet has them, without.
+    """
     chunks = profile.chunk_counts if "prompt_tokens" in spec.named_axes else (1,)
+    rows = profile.unet_rows if "cfg_batch" in spec.named_axes else profile.unet_rows[:1]
     ranks = () if slots is None else _slot_bounds(slots)
-    return tuple((*_shapes_of(spec, _with_chunks(profile, count).axis_extents(factor)), *ranks) for count in chunks)
+    return tuple(
+        (*_shapes_of(spec, {**_with_chunks(profile, count).axis_extents(factor), "cfg_batch": each}), *ranks)
+        for each in rows
+        for count in chunks
+    )
 
 
 def _slot_bounds(slots: SlotsRecord) -> tuple[tuple[str, Bounds], ...]:

@@ -83,7 +83,7 @@ def export_engine(folder: Path, comfyui: Path, *, name: str | None = None) -> Co
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".sdopt-export.") as work:
             built = Path(work) / engine
-            build_engine(adapt_graph(folder), folder / _FILES[1], manifest.extents, built)
+            build_engine(adapt_graph(folder), folder / _FILES[1], _find_extents(manifest), built)
             built.rename(target)
         fsync_folder(target.parent)
     return ComfyExport(target, engine, find_model_type(manifest))
@@ -149,8 +149,13 @@ def name_engine(name: str, rows: Extent, height_px: Extent, width_px: Extent) ->
     return f"{name}_${shape}_00001_.engine"
 
 
+def _find_extents(manifest: BundleManifest) -> Mapping[str, Extent]:
+    """Two rows a picture, as ComfyUI runs a guided drawing: an engine for a range of rows would be slower."""
+    return {**manifest.extents, "cfg_batch": manifest.profile.batch.scaled(2)}
+
+
 def _describe(folder: Path, manifest: BundleManifest, name: str | None, path: Path) -> ComfyExport:
-    profile, rows = manifest.profile, manifest.extents["cfg_batch"]
+    profile, rows = manifest.profile, _find_extents(manifest)["cfg_batch"]
     engine = name_engine(name or manifest.name, rows, profile.height_px, profile.width_px)
     return ComfyExport(path, engine, find_model_type(manifest))
 

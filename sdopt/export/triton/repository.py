@@ -130,10 +130,12 @@ def _name_plans(manifest: BundleManifest, part: ComponentName, backend: TritonBa
 
 
 def _find_extents(manifest: BundleManifest, backend: TritonBackend) -> Mapping[str, Extent]:
-    """What the networks take: a graph all sizes of the bundle, a plan those of the first profile."""
+    """What the networks take: a graph all sizes of the bundle, a plan those of the first optimisation profile, with
+    which Triton runs it.
+    """
     if backend is not TritonBackend.TENSORRT:
         return manifest.extents
-    return manifest.profile_extents[0]
+    return {**manifest.profile_extents[0], "cfg_batch": manifest.profiles[0].batch.scaled(2)}
 
 
 def _write_model(target: Path, config: ModelConfig) -> None:
