@@ -67,6 +67,7 @@ _PYTHON_2 = {
     "UserDict.IterableUserDict": "collections.UserDict",
 }  # fmt: skip
 _INERT_LISTS = ("collections.deque",)
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 # Packages whose names stand in files that torch wrote; one of any other is more than tensors.
 _TORCHS_MODULES = ("torch.", "collections.", "_codecs.", "copyreg.")
 _NEWEST_PROTOCOL = 2
@@ -192,6 +193,12 @@ def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[Any, str]]:
         def __setstate__(self, _: object) -> None:
             pass
 
+    class Parameters:
+        """A `ParameterDict`, in which the first trainers of textual inversion kept vectors: its table alone."""
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.parameters = state.get("_parameters")
+
     def plain_dict(*_: object) -> dict[Any, Any]:
         return {}
 
@@ -207,7 +214,8 @@ def _stand_in_for_trainers(torch: Any, source: Path) -> list[tuple[Any, str]]:
         names = {name.replace(old, new) for name in names}
     inert = [(Inert, name) for name in names if name.startswith(_INERT_MODULES) or name in _INERT_CLASSES]
     dicts = [(plain_dict, name) for name in names if name in _INERT_DICTS]
-    return [*inert, *dicts, *((plain_list, name) for name in names if name in _INERT_LISTS)]
+    tables = [(Parameters, name) for name in names if name == _PARAMETERS]
+    return [*inert, *tables, *dicts, *((plain_list, name) for name in names if name in _INERT_LISTS)]
 
 
 @dataclass
@@ -295,6 +303,7 @@ def _first_reason(error: Exception) -> str:
 def _lift_vectors(loaded: Any) -> Any:
     """A1111's table of vectors under the names that say whose word they are; anything else as it is."""
     table = loaded.get("string_to_param") if isinstance(loaded, dict) else None
+    table = getattr(table, "parameters", table)
     if not isinstance(table, dict):
         return loaded
     name = loaded.get("name")

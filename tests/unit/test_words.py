@@ -147,6 +147,23 @@ def test_every_program_s_files_are_read_and_named(writer: str, engines: Any, tmp
     assert (table["kind"], table["word"], table["vectors"], table["widths"]) == ("embedding", name, 3, {"": 96})
 
 
+def test_the_first_trainers_files_are_read(engines: Any, tmp_path: Path) -> None:
+    class Kept(torch.nn.ParameterDict):
+        """As torch 1 pickled it: its attributes, and no items."""
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return torch.nn.ParameterDict, (), {"training": True, "_parameters": self.kept}
+
+    table = Kept()
+    object.__setattr__(table, "kept", {"*": torch.nn.Parameter(THREE.clone())})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}, tmp_path / "first.pt")
+    engines.load_textual_inversion(tmp_path / "first.pt")
+    found = encode(engines, "a first")
+    engines.unload_textual_inversion("first")
+    engines.load_textual_inversion({"first": THREE})
+    assert torch.equal(encode(engines, "a first"), found)
+
+
 def test_inspect_names_the_family(tmp_path: Path) -> None:
     path = write_sdxl(tmp_path / "xl.safetensors", make_vectors(2, 1, 768), make_vectors(2, 2, 1280))
     table = inspect_source(str(path))
