@@ -193,7 +193,7 @@ WRONG = {
     "another name": lambda i: {"latent": i["sample"], **{key: i[key] for key in i if key != "sample"}},
     "one too many": lambda i: i | {"extra": i["sample"]},
     "another size": lambda i: i | {"sample": i["sample"][..., :-1]},
-    "another batch": lambda i: i | {"sample": i["sample"][:1], "encoder_hidden_states": i["encoder_hidden_states"][:1]},
+    "another batch": lambda i: i | {key: i[key].repeat_interleave(2, 0) for key in ("sample", "encoder_hidden_states")},
     "two batches": lambda i: i | {"sample": i["sample"].repeat(2, 1, 1, 1)},
     "other channels": lambda i: i | {"sample": i["sample"][:, :3]},
     "other tokens": lambda i: i | {"encoder_hidden_states": i["encoder_hidden_states"][:, :76]},

@@ -52,7 +52,7 @@ def describe_onnx(values: Any) -> dict[str, tuple[str, list[int]]]:
     return {
         value.name: (
             _ONNX_TYPES[value.type.tensor_type.elem_type],
-            [dim.dim_value for dim in value.type.tensor_type.shape.dim] or [1],
+            [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim] or [1],
         )
         for value in values
     }

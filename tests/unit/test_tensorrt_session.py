@@ -14,7 +14,7 @@ from sdopt.backends.cuda import GpuIdentity
 from sdopt.backends.protocol import ComponentFiles
 from sdopt.backends.tensorrt.engine import explain_invalidity
 from sdopt.backends.tensorrt.runtime_cache import RuntimeCacheFile, runtime_cache_path
-from sdopt.backends.tensorrt.session import TensorRTSession, choose_plan
+from sdopt.backends.tensorrt.session import OpenPlan, TensorRTSession, choose_plan
 from sdopt.bundle.records import PlanRecord
 from sdopt.errors import ArtifactError, BackendError, MissingDependency, MissingHardware, ShapeError
 from sdopt.model.backend_settings import TensorRTSettings
@@ -119,6 +119,27 @@ def test_the_prompts_length_picks_the_optimisation_profile_each_with_its_own_con
     contexts = library.Runtime.made[0].contexts
     assert [context.profile for context in contexts] == [0, 2]
     assert [context.runs for context in contexts] == [2, 1]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_drawing_without_guidance_takes_the_optimisation_profiles_behind_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """In the order in which a plan is built: see `input_shapes`."""
+    places: list[int] = []
+
+    def run(self: Any, inputs: Tensors, place: int, extra: Tensors) -> Tensors:
+        places.append(place)
+        return {}
+
+    guided = dataclasses.replace(SQUARE, batch=Extent.static(batch), tokens=Extent(77, 77, 154))
+    session, _, _ = open_double(component_of(tmp_path, (dataclasses.replace(guided, unguided=True),)))
+    monkeypatch.setattr(OpenPlan, "run", run)
+    for tokens in (77, 154):
+        inputs = inputs_of(dataclasses.replace(guided, tokens=Extent.static(tokens)))
+        session.run(inputs)
+        session.run({name: value[:batch] if value.ndim else value for name, value in inputs.items()})
+    assert places == [0, 2, 1, 3]
 
 
 def test_a_plan_is_opened_when_its_size_is_first_drawn(tmp_path: Path) -> None:
