@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import onnx
@@ -35,6 +32,7 @@ from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import read_header
 from tests.conftest import TINY_SHAPES
 from tests.sdopt_process import run_sdopt
+from tests.shapes_check import load_check
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 torch.set_num_threads(1)
@@ -125,16 +123,6 @@ def test_pictures_in_int8_show_what_the_prompts_ask_for(whole: Path) -> None:
         )
     for attribute, share in shares[TINY_SHAPES].items():
         assert shares[whole][attribute] >= share - 1 / len(scenes), attribute
-
-
-def load_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_shapes_check", ROOT / "scripts" / "tiny_shapes_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def plant_outliers(target: Path) -> None:
