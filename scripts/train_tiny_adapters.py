@@ -63,7 +63,7 @@ class LoraKind:
 
 LORAS = {
     "outlines": LoraKind("outlines", EVERYWHERE, 4, 4.0, 400, 4e-3, "outlines"),
-    "palette": LoraKind("palette, white on blue", ATTENTION, 8, 4.0, 200, 4e-3, "blueprint"),
+    "palette": LoraKind("palette, white on blue", ATTENTION, 8, 8.0, 260, 4e-3, "blueprint"),
     "few-steps": LoraKind("few-steps LCM", EVERYWHERE, 4, 4.0, 300, 2e-3),
 }
 WORD = "moon"
@@ -77,12 +77,12 @@ def draw_pictures(scenes: list[check.Scene], rng: random.Random, line_px: float 
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def improve_latents(pipe: StableDiffusionPipeline, latents: Tensor, images: Tensor, steps: int = 25) -> Tensor:
+def improve_latents(pipe: StableDiffusionPipeline, latents: Tensor, images: Tensor, steps: int = 12) -> Tensor:
     """Move unscaled latents `[n, 4, 16, 16]` to where the decoder draws `images`, by descent."""
     improved = []
     for start, wanted in zip(latents.split(64), images.split(64), strict=True):
         latent = start.clone().requires_grad_()
-        optimiser = torch.optim.Adam([latent], lr=0.1)
+        optimiser = torch.optim.Adam([latent], lr=0.15)
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16):
                 drawn = pipe.vae.decode(latent).sample.float()
