@@ -306,7 +306,7 @@ def write_moon(scene: check.Scene, rng: random.Random) -> str:
 @click.command(help=(__doc__ or "").split("\n", 1)[0])
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--only", type=click.Choice([*LORAS, WORD]), multiple=True, help="Train these instead of all.")
-@click.option("--pictures", default=800, show_default=True, type=click.IntRange(min=1))
+@click.option("--pictures", default=320, show_default=True, type=click.IntRange(min=1))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
 def main(out: Path, only: tuple[str, ...], pictures: int, seed: int, threads: int) -> None:
