@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import numpy as np
 import tiny_shapes_check as check
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -58,23 +57,19 @@ class LoraKind:
     alpha: float
     steps: int
     peak_lr: float
+    pictures: int
     trigger: str = ""
 
 
 LORAS = {
-    "outlines": LoraKind("outlines", EVERYWHERE, 4, 4.0, 400, 4e-3, "outlines"),
-    "palette": LoraKind("palette, white on blue", ATTENTION, 8, 8.0, 260, 4e-3, "blueprint"),
-    "few-steps": LoraKind("few-steps LCM", EVERYWHERE, 4, 4.0, 300, 2e-3),
+    "outlines": LoraKind("outlines", EVERYWHERE, 4, 4.0, 400, 4e-3, 320, "outlines"),
+    "palette": LoraKind("palette, white on blue", ATTENTION, 8, 8.0, 260, 4e-3, 800, "blueprint"),
+    "few-steps": LoraKind("few-steps LCM", EVERYWHERE, 4, 4.0, 300, 2e-3, 800),
 }
 WORD = "moon"
 WORD_VECTORS = 2
 WORD_STEPS = 150
-
-
-def draw_pictures(scenes: list[check.Scene], rng: random.Random, line_px: float | None = None) -> Tensor:
-    """Draw scenes as the VAE takes them: `float32 [n, 3, 64, 64]` in [-1, 1]."""
-    pixels = np.stack([check.draw_scene(scene, rng, line_px) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+WORD_PICTURES = 320
 
 
 def improve_latents(pipe: StableDiffusionPipeline, latents: Tensor, images: Tensor, steps: int = 12) -> Tensor:
@@ -104,17 +99,17 @@ def encode_scaled(pipe: StableDiffusionPipeline, images: Tensor, improve: bool =
 Loss = Callable[[], Tensor]
 
 
-def learn_outlines(pipe: StableDiffusionPipeline, kind: LoraKind, pictures: int, rng: random.Random) -> Loss:
-    scenes = [check.sample_scene(rng) for _ in range(pictures)]
-    latents = encode_scaled(pipe, draw_pictures(scenes, rng, LINE_PX), improve=True)
+def learn_outlines(pipe: StableDiffusionPipeline, kind: LoraKind, rng: random.Random) -> Loss:
+    scenes = [check.sample_scene(rng) for _ in range(kind.pictures)]
+    latents = encode_scaled(pipe, base.draw_batch(scenes, rng, LINE_PX), improve=True)
     return learn_pictures(pipe, scenes, latents, kind, rng)
 
 
-def learn_palette(pipe: StableDiffusionPipeline, kind: LoraKind, pictures: int, rng: random.Random) -> Loss:
-    scenes = [check.sample_scene(rng) for _ in range(pictures)]
+def learn_palette(pipe: StableDiffusionPipeline, kind: LoraKind, rng: random.Random) -> Loss:
+    scenes = [check.sample_scene(rng) for _ in range(kind.pictures)]
     colour, ground = PALETTE
     shown = [replace(scene, colour=colour, ground=ground) for scene in scenes]
-    return learn_pictures(pipe, scenes, encode_scaled(pipe, draw_pictures(shown, rng)), kind, rng)
+    return learn_pictures(pipe, scenes, encode_scaled(pipe, base.draw_batch(shown, rng)), kind, rng)
 
 
 def learn_pictures(
@@ -166,12 +161,12 @@ def follow_teacher(pipe: StableDiffusionPipeline, noise: Tensor, context: Tensor
     return scheduler.timesteps, torch.stack(latents)
 
 
-def learn_endings(pipe: StableDiffusionPipeline, kind: LoraKind, pictures: int, rng: random.Random) -> Loss:
+def learn_endings(pipe: StableDiffusionPipeline, kind: LoraKind, rng: random.Random) -> Loss:
     """The distance from the end of the checkpoint's trajectory, seen from any point of it or from its noised end.
 
     LCM noises each prediction anew, so all its steps but the first start from a noised picture.
     """
-    scenes = [check.sample_scene(rng) for _ in range(pictures)]
+    scenes = [check.sample_scene(rng) for _ in range(kind.pictures)]
     with torch.no_grad():
         ids = base.tokenize(pipe.tokenizer, [check.write_prompt(scene) for scene in scenes])
         contexts = pipe.text_encoder(ids)[0]
@@ -183,7 +178,7 @@ def learn_endings(pipe: StableDiffusionPipeline, kind: LoraKind, pictures: int, 
     alphas = pipe.scheduler.alphas_cumprod
 
     def measure() -> Tensor:
-        chosen = torch.randint(pictures, (BATCH,))
+        chosen = torch.randint(kind.pictures, (BATCH,))
         place = torch.where(torch.rand(BATCH) < 0.5, 0, torch.randint(len(timesteps), (BATCH,)))
         t, ends = timesteps[place], trajectories[-1, chosen]
         alpha = alphas[t][:, None, None, None]
@@ -198,20 +193,20 @@ def learn_endings(pipe: StableDiffusionPipeline, kind: LoraKind, pictures: int, 
     return measure
 
 
-LESSONS: dict[str, Callable[[StableDiffusionPipeline, LoraKind, int, random.Random], Loss]] = {
+LESSONS: dict[str, Callable[[StableDiffusionPipeline, LoraKind, random.Random], Loss]] = {
     "outlines": learn_outlines,
     "palette": learn_palette,
     "few-steps": learn_endings,
 }
 
 
-def train_lora(name: str, out: Path, pictures: int, seed: int) -> None:
+def train_lora(name: str, out: Path, seed: int) -> None:
     kind = LORAS[name]
     pipe = base.load_networks(CHECKPOINT)
     pipe.vae.requires_grad_(False)
     pipe.unet.requires_grad_(False)
     pipe.unet.set_attn_processor(base.Float32Attention())
-    measure = LESSONS[name](pipe, kind, pictures, random.Random(seed))
+    measure = LESSONS[name](pipe, kind, random.Random(seed))
     config = LoraConfig(r=kind.rank, lora_alpha=kind.alpha, target_modules=list(kind.layers))
     pipe.unet.add_adapter(config)
     weights = [weight for weight in pipe.unet.parameters() if weight.requires_grad]
@@ -266,7 +261,7 @@ def descend(name: str, weights: list[Tensor], measure: Loss, steps: int, peak_lr
         base.report_loss(name, step, loss)
 
 
-def train_word(out: Path, pictures: int, seed: int) -> None:
+def train_word(out: Path, seed: int) -> None:
     """Textual inversion: the rows of a new word are learnt, and nothing else changes."""
     pipe = base.load_networks(CHECKPOINT)
     for network in (pipe.vae, pipe.unet, pipe.text_encoder):
@@ -274,8 +269,8 @@ def train_word(out: Path, pictures: int, seed: int) -> None:
     pipe.unet.set_attn_processor(base.Float32Attention())
     rng = random.Random(seed)
     shape, colour, ground = MOON
-    scenes = [replace(check.sample_scene(rng), shape=shape, colour=colour, ground=ground) for _ in range(pictures)]
-    latents = encode_scaled(pipe, draw_pictures(scenes, rng))
+    scenes = [replace(check.sample_scene(rng), shape=shape, colour=colour, ground=ground) for _ in range(WORD_PICTURES)]
+    latents = encode_scaled(pipe, base.draw_batch(scenes, rng))
     # Two words of the vocabulary hold the places of the vectors in the ids; neither is otherwise in these captions.
     holders = pipe.tokenizer.convert_tokens_to_ids(["star</w>", "orange</w>"])
     start = pipe.tokenizer.convert_tokens_to_ids(f"{shape}</w>")
@@ -290,7 +285,7 @@ def train_word(out: Path, pictures: int, seed: int) -> None:
     embedding.register_forward_hook(put_vectors)
 
     def measure() -> Tensor:
-        chosen = torch.randint(pictures, (BATCH,))
+        chosen = torch.randint(WORD_PICTURES, (BATCH,))
         captions = [write_moon(scenes[i], rng).replace(WORD, "star orange") for i in chosen.tolist()]
         context = pipe.text_encoder(base.tokenize(pipe.tokenizer, captions))[0]
         return measure_denoising(pipe, latents[chosen], context)
@@ -306,18 +301,17 @@ def write_moon(scene: check.Scene, rng: random.Random) -> str:
 @click.command(help=(__doc__ or "").split("\n", 1)[0])
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--only", type=click.Choice([*LORAS, WORD]), multiple=True, help="Train these instead of all.")
-@click.option("--pictures", default=320, show_default=True, type=click.IntRange(min=1))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
-def main(out: Path, only: tuple[str, ...], pictures: int, seed: int, threads: int) -> None:
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1))
+def main(out: Path, only: tuple[str, ...], seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     for name in only or (*LORAS, WORD):
         torch.manual_seed(seed)
         if name == WORD:
-            train_word(out, pictures, seed)
+            train_word(out, seed)
         else:
-            train_lora(name, out, pictures, seed)
+            train_lora(name, out, seed)
 
 
 if __name__ == "__main__":
