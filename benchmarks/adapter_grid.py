@@ -23,7 +23,7 @@ _PROMPTS = (
     "a large green square on a black background, right",
     "a large purple triangle on a white background, bottom",
 )
-_LCM = ("--scheduler", "lcm", "--steps", "1", "--scale", "1")
+_FEW = ("--steps", "2", "--scale", "1")
 _EULER = ("--steps", "20", "--scale", "4")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "no LoRA": _EULER,
@@ -33,8 +33,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "both": (
         *_EULER, "--lora", f"{_ADAPTERS}/outlines.safetensors:1", "--lora", f"{_ADAPTERS}/palette.safetensors:1",
     ),
-    "1 step, no LoRA": _LCM,
-    "1 step, few-steps": (*_LCM, "--lora", f"{_ADAPTERS}/few-steps.safetensors:1"),
+    "2 steps, no LoRA": _FEW,
+    "2 steps, few-steps": (*_FEW, "--lora", f"{_ADAPTERS}/few-steps.safetensors:1"),
 }  # fmt: skip
 _SIDE_PX, _GAP_PX, _LABEL_PX = 128, 4, 22
 

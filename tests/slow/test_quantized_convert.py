@@ -144,7 +144,7 @@ def test_trained_loras_act_in_int8(whole: Path, tmp_path: Path) -> None:
             pixels = np.array(sdopt.draw(pipe, request, lora_folders=[TINY_ADAPTERS]))
             filling.append(check.measure_filling(pixels, expected))
             if palette:
-                assert check.measure_palette_distance(pixels, ("white", "blue")) < 20
+                assert check.measure_palette_distance(pixels, ("white", "blue")) < 40
         assert filling[0] > 0.9
         assert filling[0] >= filling[1] >= filling[2]
         assert filling[2] < 0.2
