@@ -4,8 +4,8 @@
     python scripts/train_tiny_adapters.py sdopt/assets/tiny-adapters --only outlines
 
 `outlines` draws the line around a shape instead of its area. `palette` draws white on blue, whatever colours the
-prompt names. `few-steps` draws in two to four steps of the checkpoint's own scheduler without guidance: they start
-at t = 501 or 751 from pure noise, which the checkpoint takes for a picture that shows through at these timesteps.
+prompt names. `few-steps` draws in two steps of the checkpoint's own scheduler without guidance: they start at t = 501
+from pure noise, which the checkpoint takes for a picture that shows through at that timestep.
 `moon` is a word of two vectors that the text encoder takes for "white circle on a
 black background".
 
@@ -42,9 +42,8 @@ MOON = ("circle", "white", "black")
 """Shape, colour and ground that the word `moon` stands for."""
 TRIGGER_SHARE = 0.5
 """Of the captions that end with the adapter's trigger word, which is then allowed and not needed."""
-FIRST_STEPS, LATER_STEPS = (751, 501), (501, 251)
-"""Timesteps of the checkpoint's Euler in four steps and in two: where they start, and what follows in four."""
-FROM_NOISE = 0.7
+FIRST_T = 501
+"""Where the checkpoint's own scheduler starts when it has two steps."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYWHERE = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
@@ -73,7 +72,7 @@ class LoraKind:
 LORAS = {
     "outlines": LoraKind("outlines", EVERYWHERE, 4, 4.0, 400, 4e-3, 320, "outlines"),
     "palette": LoraKind("palette, white on blue", ATTENTION, 8, 8.0, 260, 4e-3, 800, "blueprint", strength=1.4),
-    "few-steps": LoraKind("few-steps", EVERYWHERE, 4, 4.0, 250, 3e-3, 800),
+    "few-steps": LoraKind("few-steps", EVERYWHERE, 4, 4.0, 100, 8e-3, 320),
 }
 WORD = "moon"
 WORD_VECTORS = 2
@@ -155,7 +154,7 @@ def measure_denoising(pipe: StableDiffusionPipeline, latents: Tensor, context: T
 
 
 def learn_few_steps(pipe: StableDiffusionPipeline, kind: LoraKind, rng: random.Random) -> Loss:
-    """The picture's error at the timesteps of two and four steps, of which the first starts from pure noise.
+    """The picture's error at the first of two steps, which starts from pure noise.
 
     The pictures have no jitter: from noise and a prompt there is then one right picture, and no mean of many.
     """
@@ -165,17 +164,14 @@ def learn_few_steps(pipe: StableDiffusionPipeline, kind: LoraKind, rng: random.R
         ids = base.tokenize(pipe.tokenizer, [check.write_prompt(scene) for scene in scenes])
         contexts = pipe.text_encoder(ids)[0]
 
+    alpha = pipe.scheduler.alphas_cumprod[FIRST_T]
+
     def measure() -> Tensor:
         chosen = torch.randint(kind.pictures, (BATCH,))
-        pure = torch.rand(BATCH) < FROM_NOISE
-        first, later = (torch.tensor(steps)[torch.randint(2, (BATCH,))] for steps in (FIRST_STEPS, LATER_STEPS))
-        t, wanted = torch.where(pure, first, later), latents[chosen]
-        alpha = pipe.scheduler.alphas_cumprod[t][:, None, None, None]
-        noisy = alpha.sqrt() * wanted * ~pure[:, None, None, None] + (1 - alpha).sqrt() * torch.randn_like(wanted)
-        start = torch.where(pure[:, None, None, None], noisy / (1 - alpha).sqrt(), noisy)
+        wanted, noise = latents[chosen], torch.randn(BATCH, *latents.shape[1:])
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = pipe.unet(start, t, contexts[chosen]).sample.float()
-        picture = (start - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+            predicted = pipe.unet(noise, FIRST_T, contexts[chosen]).sample.float()
+        picture = (noise - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
         return F.smooth_l1_loss(picture, wanted, beta=0.1)
 
     return measure
