@@ -13,7 +13,7 @@ A bundle takes as many pictures at a time as it was built for: `--batch 1`, wher
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy.ndimage import distance_transform_edt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -120,8 +121,11 @@ def write_prompt(scene: Scene) -> str:
     return f"a {scene.size} {scene.colour} {scene.shape} on a {scene.ground} background, {scene.place}"
 
 
-def draw_scene(scene: Scene, rng: random.Random | None = None) -> Pixels:
-    """Draw a scene, `uint8 [64, 64, 3]`; with `rng`, place and size are jittered as in the training data."""
+def draw_scene(scene: Scene, rng: random.Random | None = None, line_px: float | None = None) -> Pixels:
+    """Draw a scene, `uint8 [64, 64, 3]`; with `rng`, place and size are jittered as in the training data.
+
+    With `line_px` the shape is an outline of that width, inside its edge, and the ground shows through.
+    """
     dx, dy, scale = 0.0, 0.0, 1.0
     if rng is not None:
         dx, dy = rng.uniform(-PLACE_JITTER, PLACE_JITTER), rng.uniform(-PLACE_JITTER, PLACE_JITTER)
@@ -129,13 +133,17 @@ def draw_scene(scene: Scene, rng: random.Random | None = None) -> Pixels:
     x, y = PLACES[scene.place]
     side = IMAGE_PX * SUPERSAMPLING
     image = Image.new("RGB", (side, side), COLOURS[scene.ground])
-    _draw_outline(
-        ImageDraw.Draw(image),
-        scene.shape,
-        centre_px=((x + dx) * side, (y + dy) * side),
-        radius_px=SIZES[scene.size] * scale * side,
-        fill=COLOURS[scene.colour],
-    )
+    place = ((x + dx) * side, (y + dy) * side)
+    radius_px = SIZES[scene.size] * scale * side
+    _draw_outline(ImageDraw.Draw(image), scene.shape, place, radius_px, fill=COLOURS[scene.colour])
+    if line_px is not None:
+        # A border of zeros would count as an edge: a shape that the picture cuts has no line along the cut.
+        whole = Image.new("L", (2 * side, 2 * side), 0)
+        centre = (place[0] + side / 2, place[1] + side / 2)
+        _draw_outline(ImageDraw.Draw(whole), scene.shape, centre, radius_px, fill=1)
+        inside = distance_transform_edt(np.asarray(whole)) > line_px * SUPERSAMPLING
+        start = side // 2
+        image.paste(COLOURS[scene.ground], mask=Image.fromarray(inside[start : start + side, start : start + side]))
     return np.asarray(image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS))
 
 
@@ -189,6 +197,27 @@ def read_image(pixels: Pixels) -> Reading:
         return Reading(None, _name_colour(colour_rgb), ground, None, None)
     shape, radius, centre = fit
     return Reading(shape, _name_colour(colour_rgb), ground, _name_size(radius), _name_place(centre))
+
+
+def measure_filling(pixels: Pixels, scene: Scene, margin_px: float = 5.5) -> float:
+    """How much of the shape's inside has its colour: 1 for a filled shape of `scene`, 0 where the ground shows.
+
+    The inside is what lies `margin_px` and more from the shape's edge; of a small star nothing does, an error.
+    """
+    drawn = draw_scene(replace(scene, colour="white", ground="black"))[..., 0] > 127
+    inside = distance_transform_edt(np.pad(drawn, 1))[1:-1, 1:-1] > margin_px
+    if not inside.any():
+        raise ValueError(f"nothing of a {scene.size} {scene.shape} is {margin_px} px from its edge")
+    colour, ground = (np.array(COLOURS[name], dtype=float) for name in (scene.colour, scene.ground))
+    way = colour - ground
+    return float(np.clip((pixels[inside] - ground) @ way / (way @ way), 0, 1).mean())
+
+
+def measure_palette_distance(pixels: Pixels, names: Sequence[str]) -> float:
+    """Mean RGB distance of the pixels from the nearest of these colours."""
+    colours = np.array([COLOURS[name] for name in names], dtype=float)
+    distances = np.linalg.norm(pixels.astype(float)[..., None, :] - colours, axis=-1)
+    return float(distances.min(axis=-1).mean())
 
 
 def _measure_ground(pixels: Pixels) -> NDArray[np.float64]:

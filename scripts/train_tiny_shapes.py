@@ -162,9 +162,9 @@ def write_caption(scene: check.Scene, rng: random.Random) -> str:
     return rng.choice(subjects) + rng.choice(grounds) + rng.choice(places)
 
 
-def draw_batch(scenes: list[check.Scene], rng: random.Random) -> torch.Tensor:
+def draw_batch(scenes: list[check.Scene], rng: random.Random | None, line_px: float | None = None) -> torch.Tensor:
     """Draw scenes as the VAE takes them: `float32 [n, 3, 64, 64]` in [-1, 1]."""
-    pixels = np.stack([check.draw_scene(scene, rng) for scene in scenes])
+    pixels = np.stack([check.draw_scene(scene, rng, line_px) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -17,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_SHAPES = Path(sdopt.__file__).resolve().parent / "assets" / "tiny-shapes"
+TINY_ADAPTERS = TINY_SHAPES.with_name("tiny-adapters")
 
 # A test that hangs fails after this, instead of holding CI until its job is ended. Fixtures are not counted: whichever
 # test comes first pays for a bundle that all share, and they limit their own processes.

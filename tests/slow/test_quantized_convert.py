@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sdopt
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import BlockRecord, Verdict
 from sdopt.convert.blocks import trials
@@ -30,11 +30,14 @@ from sdopt.model.backend_settings import TorchSettings
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import DType
 from sdopt.model.recipe import parse_recipe
+from sdopt.pipeline.load import close_engines
 from sdopt.processes.call import Outcome
 from sdopt.processes.channel import JsonTable
 from sdopt.weights.safetensors_header import read_header
-from tests.conftest import TINY_SHAPES
+from tests.conftest import TINY_ADAPTERS, TINY_SHAPES
 from tests.sdopt_process import run_sdopt
+from tests.shapes_check import load_check
+from tests.slotted_bundle import add_slots_to
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 torch.set_num_threads(1)
@@ -127,14 +130,25 @@ def test_pictures_in_int8_show_what_the_prompts_ask_for(whole: Path) -> None:
         assert shares[whole][attribute] >= share - 1 / len(scenes), attribute
 
 
-def load_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_shapes_check", ROOT / "scripts" / "tiny_shapes_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def test_trained_loras_act_in_int8(whole: Path, tmp_path: Path) -> None:
+    """The line instead of the area, and white on blue: as much as in fp32, which the unit tests look at."""
+    check = load_check()
+    scene = check.Scene("square", "green", "black", "large", "right")
+    shown = {"": scene, "<lora:palette:1>": replace(scene, colour="white", ground="blue")}
+    pipe = sdopt.load(add_slots_to(whole, tmp_path / "slotted"))
+    for palette, expected in shown.items():
+        filling = []
+        for weight in (0, 0.5, 1):
+            prompt = f"{check.write_prompt(scene)}<lora:outlines:{weight}>{palette}"
+            request = {"prompt": prompt, "steps": 10, "seed": 3, "guidance_scale": 4.0}
+            pixels = np.array(sdopt.draw(pipe, request, lora_folders=[TINY_ADAPTERS]))
+            filling.append(check.measure_filling(pixels, expected))
+            if palette:
+                assert check.measure_palette_distance(pixels, ("white", "blue")) < 40
+        assert filling[0] > 0.9
+        assert filling[0] >= filling[1] >= filling[2]
+        assert filling[2] < 0.2
+    close_engines(pipe)
 
 
 def plant_outliers(target: Path) -> None:

@@ -1,30 +1,15 @@
 """The judge of `tiny-shapes` is right about pictures of known content and catches every planted fault."""
 
-import importlib.util
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "tiny_shapes_check.py"
+from tests.shapes_check import load_check
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_shapes_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-check = load_script()
+check = load_check()
 SCENES = check.sample_scenes(60, seed=1)
 
 
@@ -120,3 +105,38 @@ def test_shares_are_counted_by_attribute():
     shares = check.count_right([right, replace(right, place=False)])
     assert shares["place"] == shares["everything"] == 0.5
     assert shares["shape"] == shares["colour"] == shares["ground"] == shares["size"] == 1.0
+
+
+@pytest.mark.parametrize("shape", check.SHAPES)
+def test_a_line_has_the_shapes_edge_and_nothing_inside(shape):
+    scene = check.Scene(shape, "red", "white", "large", "left")
+    filled, line = check.draw_scene(scene), check.draw_scene(scene, line_px=3.5)
+    assert check.measure_filling(filled, scene) > 0.99
+    assert check.measure_filling(line, scene) < 0.01
+    half = (filled.astype(int) + line) // 2
+    assert check.measure_filling(half.astype(np.uint8), scene) == pytest.approx(0.5, abs=0.02)
+    columns = [np.flatnonzero((picture != check.COLOURS["white"]).any(axis=(0, 2))) for picture in (filled, line)]
+    assert (columns[0][[0, -1]] == columns[1][[0, -1]]).all(), "the line is not inside the shape's edge"
+
+
+def test_a_shape_that_the_picture_cuts_has_no_line_along_the_cut(monkeypatch):
+    monkeypatch.setitem(check.PLACES, "left", (0.1, 0.5))
+    line = check.draw_scene(check.Scene("square", "red", "white", "large", "left"), line_px=3.5)
+    assert (line[32, 0] == check.COLOURS["white"]).all()
+
+
+def test_a_filling_needs_an_inside():
+    scene = check.Scene("star", "red", "white", "small", "left")
+    with pytest.raises(ValueError, match="small star"):
+        check.measure_filling(check.draw_scene(scene), scene)
+
+
+def test_a_palette_is_near_where_all_pixels_have_its_colours():
+    scene = check.Scene("square", "white", "blue", "large", "left")
+    distances = [
+        check.measure_palette_distance(check.draw_scene(replace(scene, ground=ground)), ("white", "blue"))
+        for ground in ("blue", "purple", "green")
+    ]
+    assert distances[0] < 5
+    assert distances == sorted(distances)
+    assert distances[1] > 30
