@@ -70,7 +70,7 @@ def test_the_negative_prompt_may_have_words(pipe: Any, work: Path) -> None:
 def test_a_word_is_called_as_its_file_or_as_the_file_calls_it(pipe: Any, work: Path) -> None:
     files = (work / "learned.safetensors", work / "old.pt")
     assert np.array_equal(draw(pipe, "a <ink-toy>, old", *files), draw(pipe, "a learned , old", *files))
-    with pytest.raises(UsageError, match="'<ink-toy>', .* and none of that name is loaded"):
+    with pytest.raises(UsageError, match=r"'<ink-toy>', .* and none of that name is loaded"):
         draw(pipe, "a <ink-toy>")
 
 
