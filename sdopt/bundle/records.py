@@ -235,6 +235,11 @@ class ComponentRecord(Record):
         return (*self.plans, *(self.slots.plans if self.slots is not None else ()))
 
     @property
+    def lora_slots(self) -> SlotsRecord | None:
+        """The second graph, where it has slots for LoRAs and not for words alone."""
+        return self.slots if self.slots is not None and self.slots.slots else None
+
+    @property
     def is_quantized(self) -> bool:
         """Whether any layer is: then the weight file is not the checkpoint's."""
         return self.quantization is not None and self.quantization.quantized_layers > 0

@@ -27,7 +27,7 @@ from sdopt.errors import UsageError
 from sdopt.export.published_folder import open_bundle, staged
 from sdopt.model.component import ComponentName
 from sdopt.model.file_names import SLOTS_GRAPH_NAME, WEIGHTS_NAME
-from sdopt.model.slots import input_names, slot_shapes
+from sdopt.model.slots import WORDS_INPUT, input_names, slot_shapes
 from sdopt.weights.dtypes import numpy_dtype
 from sdopt.weights.safetensors_header import read_header
 
@@ -93,7 +93,7 @@ def export_onnx_adapter(
 
 
 def _find_slots(bundle: Path, manifest: BundleManifest) -> dict[ComponentName, SlotsRecord]:
-    slots = {name: record.slots for name, record in manifest.components.items() if record.slots is not None}
+    slots = {name: record.lora_slots for name, record in manifest.components.items() if record.lora_slots is not None}
     if not slots:
         raise UsageError(
             f"{bundle.name} has no LoRA slots, so that its graphs cannot take an adapter",
@@ -112,6 +112,10 @@ def _write_adapter(path: Path, values: dict[str, np.ndarray]) -> None:
 
 def _add_defaults(folder: Path, slots: SlotsRecord, dtype: np.dtype) -> bytes:
     model = onnx.load(str(folder / SLOTS_GRAPH_NAME), load_external_data=False)
+    if slots.words is not None:
+        # No id of a plain tokenizer is looked up there.
+        words = np.zeros((1, slots.words.width), dtype)
+        model.graph.initializer.append(numpy_helper.from_array(words, WORDS_INPUT))
     for slot in slots.slots:
         shapes = slot_shapes(slot.shape, _LEAST_RANK)
         for name, shape in zip(input_names(slot.layer), shapes, strict=True):

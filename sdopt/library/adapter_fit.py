@@ -33,7 +33,7 @@ class BundleSlots:
 def find_slots(manifest: BundleManifest) -> BundleSlots | None:
     """The slots of a bundle; None where it has none."""
     records = manifest.components.items()
-    slotted = {name: record.slots for name, record in records if record.slots is not None and record.slots.slots}
+    slotted = {name: record.lora_slots for name, record in records if record.lora_slots is not None}
     if not slotted:
         return None
     layers = {name: {slot.layer for slot in slots.slots} for name, slots in slotted.items()}

@@ -160,7 +160,7 @@ def _open_bundle(engines: Candidate, folder: Path, trust_engines: tuple[str, ...
 
 
 def _require_slots(folder: Path, manifest: BundleManifest) -> None:
-    if all(record.slots is None for record in manifest.components.values()):
+    if all(record.lora_slots is None for record in manifest.components.values()):
         raise UsageError(
             f"{folder.name} has no LoRA slots, so that nothing can be measured with a LoRA in them",
             hint=f"build it with slots: {variant_command('--lora-slots 64', folder)}",
@@ -175,7 +175,7 @@ def _hold_loras(bundle: Candidate, loras: tuple[LoraUse, ...]) -> Candidate:
     if baked:
         other = ", ".join(each.name for each in bundle.manifest.source.adapters)
         return replace(bundle, missing=f"it has other LoRAs in its weights, or with other weights: {other}")
-    if all(record.slots is None for record in bundle.manifest.components.values()):
+    if all(record.lora_slots is None for record in bundle.manifest.components.values()):
         return replace(bundle, missing="it has neither slots nor these LoRAs in its weights")
     return replace(bundle, label=f"{bundle.label} with LoRAs in slots")
 
