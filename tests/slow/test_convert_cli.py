@@ -214,13 +214,13 @@ def steps_of(done: subprocess.CompletedProcess[str]) -> dict[str, set[bool]]:
 
 
 def test_a_dry_run_says_what_is_there_and_writes_nothing(built: tuple[Cli, Path], cli: Cli, tmp_path: Path) -> None:
-    everything = {stage: {True} for stage in ("weights", "graph", "parity", "fidelity")}
+    everything = {stage: {True} for stage in ("weights", "graph", "words", "parity", "fidelity")}
     assert steps_of(cli.convert(built[1], "--dry-run", "--json")) == everything
     elsewhere = steps_of(cli.convert(tmp_path / "new", "--dry-run", "--json"))
     assert (elsewhere["weights"], elsewhere["graph"]) == ({False}, {True})
     larger = steps_of(cli.convert(tmp_path / "new", "--dry-run", "--json", "--size", "96x96"))
-    # Only the text encoder does not depend on the size.
-    assert larger == {stage: {False} for stage in everything} | {"graph": {True, False}}
+    # Only the text encoder and its words do not depend on the size.
+    assert larger == {stage: {False} for stage in everything} | {"graph": {True, False}, "words": {True}}
     assert not (tmp_path / "new").exists()
 
 
