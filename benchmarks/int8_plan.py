@@ -26,6 +26,7 @@ from sdopt.checkpoint.source import open_checkpoint
 from sdopt.convert.blocks.write import find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.build import JOB, PlanJob, Rung
 from sdopt.convert.plans.ladder import MALLOC_ENVIRONMENT
+from sdopt.convert.plans.wanted import profile_tables
 from sdopt.disk.configs import find_config
 from sdopt.graph.qdq import LayerChoice
 from sdopt.machine.environment import describe_machine
@@ -64,13 +65,15 @@ def quantize_unet(bundle: Path, source: str, work: Path) -> tuple[Path, dict[str
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the figures, the audit and the machine."
 )
 def main(bundle: Path, source: str, generation: str, json_path: Path | None) -> None:
-    record = read_manifest(bundle).components[ComponentName.UNET]
+    manifest = read_manifest(bundle)
+    record = manifest.components[ComponentName.UNET]
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         work = Path(folder)
         made, quantized = quantize_unet(bundle, source, work)
         job = PlanJob(
             kind="tensorrt-rtx", component=ComponentName.UNET, precision=Precision.FP16, graph=made / "model.onnx",
-            weights=made / "weights.safetensors", output=work / "unet.plan", generation=generation, profiles=(),
+            weights=made / "weights.safetensors", output=work / "unet.plan", generation=generation,
+            profiles=profile_tables(manifest, ComponentName.UNET),
             attention_layers=record.audit.attention_layers, native=True, require_fused=False, rung=Rung("alone"),
             memory_limit_bytes=None, timing_cache=None, quantized=quantized,
         )  # fmt: skip

@@ -219,8 +219,8 @@ def test_a_dry_run_says_what_is_there_and_writes_nothing(built: tuple[Cli, Path]
     elsewhere = steps_of(cli.convert(tmp_path / "new", "--dry-run", "--json"))
     assert (elsewhere["weights"], elsewhere["graph"]) == ({False}, {True})
     larger = steps_of(cli.convert(tmp_path / "new", "--dry-run", "--json", "--size", "96x96"))
-    # Only the text encoder and its words do not depend on the size.
-    assert larger == {stage: {False} for stage in everything} | {"graph": {True, False}, "words": {True}}
+    # Only the text encoder does not depend on the size; its graph with words is made again.
+    assert larger == {stage: {False} for stage in everything} | {"graph": {True, False}}
     assert not (tmp_path / "new").exists()
 
 

@@ -22,6 +22,7 @@ import pytest
 from sdopt.bundle.manifest import BundleManifest, read_manifest
 from sdopt.bundle.records import Verdict
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
+from sdopt.convert.plans.wanted import profile_tables
 from sdopt.errors import AuditError, BackendError
 from sdopt.model.component import ComponentName
 from sdopt.model.precision import Precision
@@ -203,11 +204,12 @@ def test_a_target_that_cannot_be_built_is_refused_at_once(
 
 
 def make_job(bundle: Path, component: str, output: Path, **changes: Any) -> dict[str, Any]:
+    manifest, name = read_manifest(bundle), ComponentName(component)
     values: dict[str, Any] = {
-        "kind": "tensorrt-rtx", "component": ComponentName(component), "precision": Precision.FP16,
+        "kind": "tensorrt-rtx", "component": name, "precision": Precision.FP16,
         "graph": bundle / component / "model.onnx", "weights": bundle / component / "weights.safetensors",
-        "output": output, "generation": "sm89", "profiles": (),
-        "attention_layers": read_manifest(bundle).components[ComponentName(component)].audit.attention_layers,
+        "output": output, "generation": "sm89", "profiles": profile_tables(manifest, name),
+        "attention_layers": manifest.components[name].audit.attention_layers,
         "native": True, "require_fused": False, "rung": Rung("a test"), "memory_limit_bytes": None,
         "timing_cache": None,
     }  # fmt: skip

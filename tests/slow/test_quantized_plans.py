@@ -25,7 +25,7 @@ from sdopt.bundle.manifest import read_manifest
 from sdopt.bundle.records import PlanAudit
 from sdopt.convert.blocks.write import StockJob, find_layers, publish_choice, stock_layers
 from sdopt.convert.plans.build import JOB, PlanJob, Rung, build_in_child
-from sdopt.convert.plans.wanted import input_shapes
+from sdopt.convert.plans.wanted import profile_tables
 from sdopt.errors import AuditError, BackendError
 from sdopt.graph.qdq import LayerChoice, takes
 from sdopt.model.component import ComponentName
@@ -52,14 +52,12 @@ class Quantized:
 
     def job(self, **changes: Any) -> dict[str, Any]:
         manifest = read_manifest(self.bundle)
-        record = manifest.components[self.component]
-        audit = record.audit
-        shapes = input_shapes(record.spec, manifest.profile, manifest.require_pixels_per_latent())
+        audit = manifest.components[self.component].audit
         values: dict[str, Any] = {
             "kind": "tensorrt-rtx", "component": self.component, "precision": Precision.FP16,
             "graph": self.folder / "model.onnx", "weights": self.folder / "weights.safetensors",
             "output": self.folder / "engine.plan", "generation": "sm89",
-            "profiles": tuple(dict(each) for each in shapes) if record.spec.named_axes else (),
+            "profiles": profile_tables(manifest, self.component),
             "attention_layers": audit.attention_layers, "native": True, "require_fused": False, "rung": Rung("a test"),
             "memory_limit_bytes": None, "timing_cache": None, "quantized": self.schemes,
         }  # fmt: skip

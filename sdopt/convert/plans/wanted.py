@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sdopt.bundle.manifest import BundleManifest
 from sdopt.bundle.records import SlotsRecord
 from sdopt.convert.plan import BuildPlan
 from sdopt.disk.digest import FileRecord, digest_of
@@ -171,6 +172,14 @@ def input_shapes(
         for each in rows
         for count in chunks
     )
+
+
+def profile_tables(manifest: BundleManifest, name: ComponentName) -> tuple[dict[str, Bounds], ...]:
+    """The optimisation profiles of a bundle's component as a `PlanJob` has them: none for a graph of fixed shapes."""
+    spec = manifest.components[name].spec
+    if not spec.named_axes:
+        return ()
+    return tuple(dict(each) for each in input_shapes(spec, manifest.profile, manifest.require_pixels_per_latent()))
 
 
 def _slot_bounds(slots: SlotsRecord) -> tuple[tuple[str, Bounds], ...]:
