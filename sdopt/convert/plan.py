@@ -139,20 +139,28 @@ def _read_quantization(recipe: BuildRecipe) -> QuantizationSettings | None:
     return settings
 
 
+# TensorRT-RTX 1.7 builds no UNet of one row for Turing ("empty runtime-fusion MVMF", seen with that of tiny-shapes):
+# drawings without guidance run two rows there, as bundles of before do.
+_FAILS_ON_ONE_ROW = frozenset({"sm75"})
+
+
 def _resolve_profiles(recipe: BuildRecipe, checkpoint: Checkpoint) -> tuple[ShapeProfile, ...]:
     width_px, height_px = native_size_px(checkpoint.unet.config, checkpoint.pixels_per_latent, checkpoint.family)
     sizes = parse_sizes(recipe.size or f"{width_px}x{height_px}", (width_px, height_px))
     tokens = Extent(CHUNK_TOKENS, CHUNK_TOKENS, recipe.tokens)
+    unguided = not _FAILS_ON_ONE_ROW & set(recipe.target.generations)
     if not recipe.dynamic:
         batch = Extent.static(recipe.batch)
-        return tuple(ShapeProfile(batch, height, width, tokens, unguided=True) for width, height in sizes)
+        return tuple(ShapeProfile(batch, height, width, tokens, unguided=unguided) for width, height in sizes)
     low, high = _DYNAMIC_SIDE_PX
 
     def span(side_px: Extent) -> Extent:
         return Extent(min(low, side_px.min), side_px.opt, max(high, side_px.max))
 
     batch = Extent(1, recipe.batch, max(_DYNAMIC_BATCH, recipe.batch))
-    return tuple(ShapeProfile(batch, span(height), span(width), tokens, unguided=True) for width, height in sizes[:1])
+    return tuple(
+        ShapeProfile(batch, span(height), span(width), tokens, unguided=unguided) for width, height in sizes[:1]
+    )
 
 
 def _resolve_component(

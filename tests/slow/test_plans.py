@@ -148,7 +148,7 @@ def test_two_builds_of_the_same_thing_at_once(cache: Path, tmp_path: Path) -> No
         assert (folders[0] / file).stat().st_ino == (folders[1] / file).stat().st_ino
     for name in ComponentName:
         if name in read_manifest(folders[0]).components:
-            assert sum(f"building {name} " in text for text in said) == 1, said
+            assert sum(f"building {name} for sm75 " in text for text in said) == 1, said
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

@@ -101,7 +101,8 @@ def test_it_is_whole_and_says_what_it_draws(folder: Path, size: str, tmp_path: P
     assert manifest.fidelity.verdict is Verdict.PASS
     parity = manifest.components[ComponentName.UNET].parity
     assert parity is not None
-    assert (parity.passed, parity.points) == (True, 2)
+    # Two sizes with guidance, and one without.
+    assert (parity.passed, parity.points) == (True, 3)
     sizes = "64x64 and 96x64" if "," in size else "64x64..96x128"
     described = f"{sizes} px, batch 1, prompts of 77 or 154 tokens"
     assert f"- size: {described}" in (folder / "README.md").read_text()

@@ -18,6 +18,7 @@ from sdopt.errors import AuditError
 from sdopt.machine.device_memory import DeviceMemoryPeak, sample_device_memory
 from sdopt.machine.gpus import find_gpus
 from sdopt.model.component import ComponentName
+from sdopt.model.file_names import SLOTS_GRAPH_NAME
 from sdopt.model.precision import Precision
 from sdopt.model.quantization import Scheme
 from sdopt.processes.channel import JsonTable
@@ -102,7 +103,8 @@ def _build(job: PlanJob) -> tuple[str, PlanAudit, str]:
     from sdopt.graph.scalars import lift_scalars
 
     library = load_library(job.kind)
-    label = f"building {job.component} for {job.generation}"
+    second = ", the graph with LoRAs and words" if job.graph.name == SLOTS_GRAPH_NAME else ""
+    label = f"building {job.component} for {job.generation}{second}"
     cache = None if job.timing_cache is None else _read_cache(job.timing_cache)
     options = BuildOptions(job.generation, job.profiles, job.rung.weight_streaming, job.rung.workspace_bytes, cache)
     model = check_graph_file(job.graph)
