@@ -5,7 +5,8 @@
     python -m benchmarks.cuda_step out/m --part torch --part compile
 
 Every way runs in turn in this process on the same seeded inputs, bound once in the memory of the GPU; the times are
-medians of CUDA events. The error is that of the outputs against torch in fp32 without TF32, as a norm over a norm.
+medians of the wall clock between two synchronizations. The error is that of the outputs against torch in fp32 without
+TF32, as a norm over a norm.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ WAYS: dict[str, tuple[dict[str, str], bool, bool]] = {
 
 
 def fuse_group_norms(graph: Path, output: Path) -> int:
-    """Write `graph` as the product opens it on a GPU."""
+    """Write `graph` with its group norms as the product runs them on a GPU; returns how many."""
     rewritten = CudaGraph(graph)
     count = rewritten.fuse_group_norms()
     onnx.save(rewritten.model, str(output))
@@ -108,7 +109,7 @@ class OnnxWay:
         return self.outputs
 
 
-def time_ms(run: Callable[[], object], stream: Any = None) -> float:
+def time_ms(run: Callable[[], object]) -> float:
     """Median over `_RUNS`, after three that warm up."""
     for _ in range(3):
         run()

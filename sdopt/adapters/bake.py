@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sdopt import progress
 from sdopt.adapters.adapter_file import AdapterFile, read_adapter_file
+from sdopt.adapters.match_layers import shapes_of_layers
 from sdopt.adapters.merge import weight_changes
 from sdopt.bundle.records import BakedAdapter
 from sdopt.disk.digest import digest_of
@@ -106,10 +107,7 @@ def _keep_differences(
     chosen: _Chosen, tensors: _Tensors, folder: Path
 ) -> dict[ComponentName, dict[str, Path]]:  # fmt: skip
     """The adapter's changes at strength 1, each in a file: an adapter of all layers is as large as its model."""
-    layers = {
-        name: {key.removesuffix(".weight"): ref.shape for key, ref in own.items() if key.endswith(".weight")}
-        for name, own in tensors.items()
-    }
+    layers = {name: shapes_of_layers(own) for name, own in tensors.items()}
     kept: dict[ComponentName, dict[str, Path]] = {}
     folder.mkdir(parents=True)
     for number, change in enumerate(weight_changes(chosen.file, layers, tensors)):

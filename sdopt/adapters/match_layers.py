@@ -17,8 +17,10 @@ from sdopt.adapters.tensor_bytes import TensorReader
 from sdopt.errors import AdapterError
 from sdopt.model.component import ComponentName
 from sdopt.model.family import Family
+from sdopt.weights.safetensors_header import TensorRef
 
 Layers = Mapping[ComponentName, Mapping[str, tuple[int, ...]]]
+_WEIGHT = ".weight"
 Unlike = tuple[FileLayer, tuple[int, ...]]
 _UNET, _TEXT, _TEXT_2 = ComponentName.UNET, ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2
 # Blocks of diffusion transformers.
@@ -35,6 +37,11 @@ class Match:
     layer: str
     shape: tuple[int, ...]
     of_file: FileLayer
+
+
+def shapes_of_layers(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    """The layers of one network that have a weight, with its shape, from the network's tensors by name."""
+    return {key.removesuffix(_WEIGHT): ref.shape for key, ref in tensors.items() if key.endswith(_WEIGHT)}
 
 
 def match_layers(file: AdapterFile, layers: Layers) -> list[Match]:

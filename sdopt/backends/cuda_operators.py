@@ -1,8 +1,8 @@
 """What ONNX Runtime's CUDA provider needs to be told about a graph, so that it is right and fast.
 
-Measured with 1.31 on an H200 (benchmarks/reports/cuda-step-h200.json). Its flash attention is wrong for heads that are
-not as wide as one of its kernels: an error of 25 % in SD1.5's UNet, whose heads have 40, 80 and 160 numbers, and of
-0.3 % in SDXL's, with 64. It has no kernel for `GroupNormalization`, which it takes apart into a dozen operators over
+Measured with 1.31 on an H200 (benchmarks/reports/cuda-step-h200.json). Its flash attention is wrong for some widths of
+heads: an error of 25 % in SD1.5's UNet, with 40, 80 and 160 numbers, of which nobody has looked at each, and of 0.3 %
+in SDXL's, with 64. It has no kernel for `GroupNormalization`, which it takes apart into a dozen operators over
 the whole image, but one of its own for channels last, with the SiLU after it.
 """
 

@@ -23,19 +23,23 @@ def adapter() -> None:
               help="The bundle whose graphs are run, built with --lora-slots.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--weight", default=1.0, show_default=True, help="How strongly it acts; it cannot be changed later.")
-@click.option("--lora-error", default=0.02, show_default=True, type=click.FloatRange(0.0, 1.0),
-              help="The most that a layer may differ which is brought to the slots' rank.")  # fmt: skip
+@click.option("--lora-error", type=click.FloatRange(0.0, 1.0),
+              help="The most that a layer may differ that is brought to the slots' rank.  [default: 0.02]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON on stdout.")
-def export_adapter(file: Path, bundle: Path, output: Path, weight: float, lora_error: float, as_json: bool) -> None:
+def export_adapter(
+    file: Path, bundle: Path, output: Path, weight: float, lora_error: float | None, as_json: bool
+) -> None:
     """Write FILE as .onnx_adapter files, for programs that run a bundle's graphs with plain ONNX Runtime.
 
     One for each network that it changes, beside a graph that takes it. The weights stay in the bundle.
     """
+    from sdopt.adapters.resolve import ERROR_LIMIT
     from sdopt.bundle.linked import open_links
     from sdopt.export.onnx_adapter import export_onnx_adapter
 
+    limit = ERROR_LIMIT if lora_error is None else lora_error
     with progress.shown_on_stderr():
-        done = export_onnx_adapter(file, open_links(bundle), output, weight=weight, error_limit=lora_error)
+        done = export_onnx_adapter(file, open_links(bundle), output, weight=weight, error_limit=limit)
     if as_json:
         networks = {
             name: {"adapter": done.adapters[name], "graph": done.graphs[name], "weights": str(done.weights[name])}

@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 
 from sdopt.adapters.adapter_file import read_adapter_file
+from sdopt.adapters.match_layers import shapes_of_layers
 from sdopt.adapters.resolve import resolve_adapter
 from sdopt.backends.slot_layout import name_inputs
 from sdopt.bundle.again import variant_command
@@ -65,10 +66,7 @@ def export_onnx_adapter(
         name: read_header(bundle / name / WEIGHTS_NAME).tensors
         for name in manifest.components if name.takes_adapters
     }  # fmt: skip
-    layers = {
-        name: {key.removesuffix(".weight"): ref.shape for key, ref in tensors.items() if key.endswith(".weight")}
-        for name, tensors in base.items()
-    }
+    layers = {name: shapes_of_layers(tensors) for name, tensors in base.items()}
     for name, record in slots.items():
         layers[name] |= {slot.layer: slot.shape for slot in record.slots}
     adapter = resolve_adapter(

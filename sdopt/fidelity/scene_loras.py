@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sdopt.adapters.adapter_file import read_adapter_file
+from sdopt.adapters.match_layers import shapes_of_layers
 from sdopt.adapters.merge import weight_changes
 from sdopt.adapters.resolve import ERROR_LIMIT
 from sdopt.backends.torch_eager import TorchSession
@@ -44,10 +45,7 @@ def add_to_weights(
 
     That is the right value of what engines draw: W + dW, in fp32 where torch is fp32, with no rank and no slot.
     """
-    layers = {
-        name: {key.removesuffix(".weight"): ref.shape for key, ref in own.items() if key.endswith(".weight")}
-        for name, own in tensors.items()
-    }
+    layers = {name: shapes_of_layers(own) for name, own in tensors.items()}
     parameters = {name: session.parameters() for name, session in sessions.items()}
     for use in loras:
         for change in weight_changes(read_adapter_file(Path(use.source)), layers, tensors):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.adapters.adapter_file import AdapterFile
-from sdopt.adapters.match_layers import match_layers
+from sdopt.adapters.match_layers import match_layers, shapes_of_layers
 from sdopt.adapters.resolve import resolve_adapter
 from sdopt.bundle.again import variant_command
 from sdopt.bundle.linked import open_links
@@ -19,7 +19,6 @@ from sdopt.model.file_names import WEIGHTS_NAME
 from sdopt.weights.safetensors_header import TensorRef, read_header
 
 _NETWORKS = (ComponentName.TEXT_ENCODER, ComponentName.TEXT_ENCODER_2, ComponentName.UNET)
-_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,7 @@ def describe_fit(file: AdapterFile, bundle: Path) -> dict[str, Any]:
     folder = open_links(bundle)
     manifest = read_manifest(folder)
     base = {name: read_weights(folder, name) for name in _NETWORKS if (folder / name / WEIGHTS_NAME).is_file()}
-    layers = {
-        name: {key.removesuffix(_WEIGHT): ref.shape for key, ref in tensors.items() if key.endswith(_WEIGHT)}
-        for name, tensors in base.items()
-    }
+    layers = {name: shapes_of_layers(tensors) for name, tensors in base.items()}
     answer: dict[str, Any] = {"bundle": str(bundle), "taken": False, "reason": "", "hint": "", "fit_error": None}
     slots = find_slots(manifest)
     try:

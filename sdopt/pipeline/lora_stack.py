@@ -15,6 +15,7 @@ import torch
 
 from sdopt.adapters.adapter import Adapter
 from sdopt.adapters.adapter_file import AdapterFile, read_adapter_file
+from sdopt.adapters.match_layers import shapes_of_layers
 from sdopt.adapters.resolve import resolve_adapter
 from sdopt.backends.slot_layout import join, lay_out
 from sdopt.backends.slotted_session import SlottedSession
@@ -216,10 +217,6 @@ class LoraStack:
         """Every layer with a weight: by the weight file, and where that is quantised by what torch has in its place."""
         if component not in self._tensors:
             self._tensors[component] = read_header(self._folder / component / WEIGHTS_NAME).tensors
-        stored = {
-            key.removesuffix(".weight"): ref.shape
-            for key, ref in self._tensors[component].items()
-            if key.endswith(".weight")
-        }
+        stored = shapes_of_layers(self._tensors[component])
         session = self._sessions.get(component)
         return stored | ({} if session is None else {slot.layer: slot.shape for slot in session.slots.slots})

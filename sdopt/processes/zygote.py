@@ -58,7 +58,11 @@ def spoils_cuda() -> bool:
         return False
     pid = os.fork()
     if pid == 0:
-        os._exit(int(torch.cuda._is_in_bad_fork()))
+        code = 1  # also where it raises: the child must not live on as a second zygote
+        try:
+            code = int(torch.cuda._is_in_bad_fork())
+        finally:
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
 
 

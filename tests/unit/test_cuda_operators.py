@@ -45,7 +45,7 @@ def save_model(graph: onnx.GraphProto, path: Path) -> Path:
 
 
 def write_graph(
-    path: Path, *, readers: str = "silu", shape: tuple[int, ...] = IMAGE, groups: int = GROUPS,
+    path: Path, *, readers: str = "silu", shape: tuple[int | str, ...] = IMAGE, groups: int = GROUPS,
     dtype: int = TensorProto.FLOAT16,
 ) -> Path:  # fmt: skip
     random = np.random.default_rng(0)
@@ -130,6 +130,17 @@ def test_heads_of_unknown_width_are_not_left_to_flash_attention(tmp_path: Path) 
     )
     onnx.save(model, str(tmp_path / "model.onnx"))
     assert CudaGraph(tmp_path / "model.onnx").provider_options()["sdpa_kernel"] == "2"
+
+
+def test_a_graph_with_open_rows_is_understood(tmp_path: Path) -> None:
+    """As every UNet has: only the rows are open, and what counts here is known."""
+    graph = CudaGraph(write_graph(tmp_path / "model.onnx", shape=("rows", CHANNELS, 4, 6)))
+    assert graph.fuse_group_norms() == 1
+    heads = helper.make_tensor_value_info("q", TensorProto.FLOAT16, ("rows", 2, 8, 64))
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ("rows", 2, 8, 64))
+    node = helper.make_node("Attention", ["q", "q", "q"], ["y"])
+    path = save_model(helper.make_graph([node], "g", [heads], [output]), tmp_path / "heads.onnx")
+    assert "sdpa_kernel" not in CudaGraph(path).provider_options()
 
 
 def test_a_graph_given_as_bytes_finds_its_weight_file(pristine_bundle: Path) -> None:
