@@ -16,6 +16,7 @@ from sdopt.errors import AdapterError, UsageError
 from sdopt.model.slots import SlotSet
 from sdopt.pipeline.load import close_engines
 from tests.conftest import TINY_SHAPES
+from tests.opened_pipeline import opened_pipeline
 from tests.slotted_bundle import add_slots_to, write_lora
 
 torch.set_num_threads(1)
@@ -37,10 +38,8 @@ def folder(pristine_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def pipe(folder: Path) -> Iterator[Any]:
-    opened = sdopt.load(folder)
-    opened.set_progress_bar_config(disable=True)
-    yield opened
-    close_engines(opened)
+    with opened_pipeline(folder) as opened:
+        yield opened
 
 
 @pytest.fixture

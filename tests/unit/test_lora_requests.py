@@ -21,10 +21,10 @@ from sdopt.model.lora import LoraUse
 from sdopt.model.request import parse_request
 from sdopt.pictures.png import read_recipe
 from sdopt.pipeline import lora_stack
-from sdopt.pipeline.load import close_engines
 from sdopt.tasks.draw import draw_pictures
 from sdopt.tasks.draw_files import draw_files
 from sdopt.tasks.loras import LoraFinder, list_loras
+from tests.opened_pipeline import opened_pipeline
 from tests.slotted_bundle import add_slots_to, write_lora
 
 torch.set_num_threads(1)
@@ -46,10 +46,8 @@ def work(pristine_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def pipe(work: Path) -> Iterator[Any]:
-    opened = sdopt.load(work / "bundle")
-    opened.set_progress_bar_config(disable=True)
-    yield opened
-    close_engines(opened)
+    with opened_pipeline(work / "bundle") as opened:
+        yield opened
 
 
 def draw(pipe: Any, work: Path, prompt: str = PROMPT, **fields: Any) -> np.ndarray[Any, Any]:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import sdopt
 from sdopt.adapters.metadata import read_metadata
 from sdopt.model.family import Family
-from sdopt.pipeline.load import close_engines
 from tests.conftest import TINY_ADAPTERS, TINY_SHAPES
+from tests.opened_pipeline import opened_pipeline
 from tests.shapes_check import load_check
 from tests.slotted_bundle import add_slots_to
 
@@ -39,10 +39,8 @@ Pixels = NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def pipe(pristine_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    opened = sdopt.load(add_slots_to(pristine_bundle, tmp_path_factory.mktemp("trained") / "bundle"))
-    opened.set_progress_bar_config(disable=True)
-    yield opened
-    close_engines(opened)
+    with opened_pipeline(add_slots_to(pristine_bundle, tmp_path_factory.mktemp("trained") / "bundle")) as opened:
+        yield opened
 
 
 def draw(pipe: Any, scene: Any, tags: str = "", **fields: Any) -> Pixels:

@@ -17,8 +17,8 @@ from sdopt.errors import AdapterError, UsageError
 from sdopt.model.lora import WordUse
 from sdopt.model.request import parse_request
 from sdopt.pictures.png import read_recipe
-from sdopt.pipeline.load import close_engines
 from sdopt.tasks.words import choose_words
+from tests.opened_pipeline import opened_pipeline
 from tests.sdopt_process import run_sdopt
 from tests.word_files import make_vectors, write_a1111, write_a1111_pickle, write_diffusers
 
@@ -38,10 +38,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(pristine_bundle: Path) -> Iterator[Any]:
-    opened = sdopt.load(pristine_bundle)
-    opened.set_progress_bar_config(disable=True)
-    yield opened
-    close_engines(opened)
+    with opened_pipeline(pristine_bundle) as opened:
+        yield opened
 
 
 def draw(pipe: Any, prompt: str = PROMPT, *files: Path, **fields: Any) -> np.ndarray[Any, Any]:

@@ -21,6 +21,7 @@ from sdopt.library.identify import inspect_source
 from sdopt.model.file_names import GRAPH_NAME, SLOTS_GRAPH_NAME
 from sdopt.pipeline.load import close_engines
 from tests.conftest import TINY_SHAPES, build_once
+from tests.opened_pipeline import opened_pipeline
 from tests.slotted_bundle import add_slots_to, write_lora
 from tests.word_files import make_vectors, write_a1111, write_a1111_pickle, write_diffusers, write_sdxl
 
@@ -31,10 +32,8 @@ ONE, THREE = make_vectors(1, 1), make_vectors(3, 3)
 
 @pytest.fixture(scope="module")
 def pipe(pristine_bundle: Path) -> Iterator[Any]:
-    opened = sdopt.load(pristine_bundle)
-    opened.set_progress_bar_config(disable=True)
-    yield opened
-    close_engines(opened)
+    with opened_pipeline(pristine_bundle) as opened:
+        yield opened
 
 
 @pytest.fixture
