@@ -12,7 +12,7 @@ import numpy as np
 from sdopt.adapters.adapter_file import TEXT_WIDTHS
 from sdopt.adapters.header import DOWNLOAD_AGAIN, open_header
 from sdopt.adapters.tensor_bytes import Array, TensorReader
-from sdopt.errors import AdapterError
+from sdopt.errors import AdapterError, SdoptError
 from sdopt.model.family import Family
 from sdopt.weights.safetensors_header import TensorRef
 
@@ -64,8 +64,6 @@ class WordFile:
 
 def is_word(path: Path) -> bool:
     """Whether a safetensors file holds a word, sound or not. False for what cannot be read."""
-    from sdopt.errors import SdoptError
-
     try:
         return _find_parts({key: ref.shape for key, ref in open_header(path).tensors.items()}) is not None
     except SdoptError:
